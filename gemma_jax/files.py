@@ -1,0 +1,69 @@
+"""Files that are either whole or absent: write aside, flush to disk, then rename."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma_jax.errors import UserError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turns a full, read-only or forbidden disk under `path` into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        causes = {
+            errno.ENOSPC: "the disk is full; free some space and run the same command again",
+            errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+            errno.EROFS: "the file system is read-only; choose another folder",
+            errno.EACCES: "permission is denied; choose a folder that you may write to",
+            errno.ENOTDIR: "a part of that path is a file; choose another folder",
+        }
+        if error.errno not in causes:
+            raise
+        raise UserError(f"cannot write {path}: {causes[error.errno]}.") from error
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + PARTIAL_SUFFIX)
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+
+def write_text(path: str | Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Reads a JSON file; `what` names it in the error ("the manifest of a token set")."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it should be {what}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it should be {what}.") from None
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
