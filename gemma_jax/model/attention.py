@@ -1,0 +1,90 @@
+"""One attention layer: projections, QK-norm, RoPE, and where its keys come from."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gemma_jax.model.cache import EMPTY, LayerCache, write
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.layers import RMSNorm, kernel, rope
+from gemma_jax.ops.attention import attention
+from gemma_jax.ops.masks import MaskSpec
+
+
+class Place(NamedTuple):
+    """Where the tokens of a batch stand.
+
+    `positions` drive RoPE (and the mask, when there is a cache). `segment_ids` keep packed
+    documents apart; with a cache, 0 marks padding, which is never written to it.
+    """
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of a layer whose letter is `letter`."""
+
+    config: ModelConfig
+    letter: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Place, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        c = self.config
+        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        w_q = kernel(self, "query", (D, N, H), ("embed", "heads", "head_dim"), D)
+        w_k = kernel(self, "key", (D, K, H), ("embed", "kv_heads", "head_dim"), D)
+        w_v = kernel(self, "value", (D, K, H), ("embed", "kv_heads", "head_dim"), D)
+        w_o = kernel(self, "output", (N, H, D), ("heads", "head_dim", "embed"), N * H)
+
+        q = jnp.einsum("BTD,DNH->BTNH", x, w_q)
+        k = jnp.einsum("BTD,DKH->BTKH", x, w_k)
+        v = jnp.einsum("BTD,DKH->BTKH", x, w_v)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, "head_dim", name="query_norm")(q)
+            k = RMSNorm(c.norm_eps, "head_dim", name="key_norm")(k)
+        base, scale = c.rope(self.letter)
+        q = rope(q, place.positions, base=base, scale=scale) * jnp.asarray(c.q_scale, q.dtype)
+        k = rope(k, place.positions, base=base, scale=scale)
+
+        window = c.window(self.letter)
+        if cache is None:
+            spec = MaskSpec(
+                window=window, q_segment_ids=place.segment_ids, k_segment_ids=place.segment_ids
+            )
+        else:
+            k, v, spec, cache = _extend(cache, k, v, place, window)
+        out = attention(q, k, v, spec, softcap=c.attn_softcap, backend=c.attn_backend)
+        return jnp.einsum("BTNH,NHD->BTD", out, w_o), cache
+
+
+def _extend(
+    cache: LayerCache, k: Array, v: Array, place: Place, window: int | None
+) -> tuple[Array, Array, MaskSpec, LayerCache]:
+    """The keys that new tokens see (cached ones and themselves) and the cache after them."""
+    positions = place.positions
+    valid: Bool[Array, "B T"] = (
+        jnp.ones(positions.shape, bool) if place.segment_ids is None else place.segment_ids > 0
+    )
+    after = write(cache, k, v, positions, valid)
+    if k.shape[1] == 1:
+        # The slot that one new token takes over held a key that had just left its window.
+        keys, values, key_positions = after.k, after.v, after.positions
+        key_valid = key_positions != EMPTY
+    else:
+        keys = jnp.concatenate([cache.k, k], axis=1)
+        values = jnp.concatenate([cache.v, v], axis=1)
+        key_positions = jnp.concatenate([cache.positions, positions], axis=1)
+        key_valid = jnp.concatenate([cache.positions != EMPTY, valid], axis=1)
+    spec = MaskSpec(
+        window=window,
+        q_positions=positions,
+        k_positions=key_positions,
+        q_segment_ids=valid.astype(jnp.int32),
+        k_segment_ids=key_valid.astype(jnp.int32),
+    )
+    return keys, values, spec, after

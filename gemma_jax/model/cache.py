@@ -1,0 +1,76 @@
+"""The KV cache: a ring of `sliding_window` slots for a local layer, full length for a global one.
+
+A key of position p lies in slot p % C. Each slot remembers its position, so a reader needs no
+order, and sequences of different lengths share a batch. This is what makes Gemma 3's cache small
+(arXiv 2503.19786, Figures 5 and 6).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gemma_jax.model.config import LOCAL, ModelConfig
+
+EMPTY = -1
+
+
+class LayerCache(NamedTuple):
+    """Keys (after norm and RoPE) and values of one layer; `positions` is EMPTY in unused slots."""
+
+    k: Float[Array, "*p B C K H"]
+    v: Float[Array, "*p B C K H"]
+    positions: Int[Array, "*p B C"]
+
+
+class Cache(NamedTuple):
+    """`periods`: one entry a letter of the pattern, stacked over periods; `remainder`: the rest."""
+
+    periods: tuple[LayerCache, ...]
+    remainder: tuple[LayerCache, ...]
+
+
+def num_slots(config: ModelConfig, letter: str, length: int) -> int:
+    return min(config.sliding_window, length) if letter == LOCAL else length
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """An empty cache for sequences of up to `length` tokens, in the compute dtype."""
+
+    def layer(letter: str, *stack: int) -> LayerCache:
+        slots = num_slots(config, letter, length)
+        shape = (*stack, batch_size, slots, config.num_kv_heads, config.head_dim)
+        zeros = jnp.zeros(shape, config.compute_dtype)
+        return LayerCache(zeros, zeros, jnp.full(shape[:-2], EMPTY, jnp.int32))
+
+    stacked = config.attn_pattern if config.num_periods else ""
+    return Cache(
+        tuple(layer(letter, config.num_periods) for letter in stacked),
+        tuple(layer(letter) for letter in config.remainder),
+    )
+
+
+def cache_bytes(config: ModelConfig, length: int) -> list[int]:
+    """Bytes of keys and values that each layer holds for one sequence of `length` tokens."""
+    per_slot = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+    return [num_slots(config, letter, length) * per_slot for letter in config.layer_letters]
+
+
+def write(
+    cache: LayerCache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> LayerCache:
+    """Puts the valid tokens into their slots. Of more tokens than slots, the last ones stay."""
+    slots = cache.positions.shape[-1]
+    last = jnp.where(valid, positions, EMPTY).max(axis=-1, keepdims=True)
+    keep = valid & (positions > last - slots)
+    slot = jnp.where(keep, positions % slots, slots)  # out of bounds: dropped by the scatter
+    row = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+    return LayerCache(
+        cache.k.at[row, slot].set(k, mode="drop"),
+        cache.v.at[row, slot].set(v, mode="drop"),
+        cache.positions.at[row, slot].set(positions, mode="drop"),
+    )

@@ -1,0 +1,65 @@
+"""RMSNorm, rotary positions and the gated MLP of Gemma 3 (arXiv 2503.19786, section 2)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.model.config import ModelConfig
+
+
+def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, fan_in: int) -> Array:
+    """A float32 matrix parameter, truncated normal with variance 1 / fan_in, in compute dtype."""
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    init = nn.initializers.truncated_normal(stddev=fan_in**-0.5)
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value.astype(config.compute_dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + w) over the last dimension, in float32; w starts at 0 (arXiv 1910.07467).
+
+    `axis` is the logical axis of w.
+    """
+
+    eps: float
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
+        weight = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * (1 + weight)).astype(x.dtype)
+
+
+def rope(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, base: float, scale: float
+) -> Float[Array, "B T N H"]:
+    """Rotates (x_i, x_{i + H/2}) by position / scale * base^(-2i / H) (arXiv 2104.09864).
+
+    Gemma's half-split form; angles and rotation in float32.
+    """
+    half = x.shape[-1] // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) / half
+    frequencies = base**-exponents / scale
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """GeGLU: (gelu_tanh(x W_gate) * x W_up) W_down (arXiv 2002.05202), no biases."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        D, F = self.config.embed_dim, self.config.mlp_dim
+        gate = x @ kernel(self, "gate", (D, F), ("embed", "mlp"), D)
+        up = x @ kernel(self, "up", (D, F), ("embed", "mlp"), D)
+        hidden = nn.gelu(gate, approximate=True) * up
+        return hidden @ kernel(self, "down", (F, D), ("mlp", "embed"), F)

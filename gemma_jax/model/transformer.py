@@ -1,0 +1,195 @@
+"""The Gemma 3 text decoder (arXiv 2503.19786): tokens in, hidden states out.
+
+The layer pattern is the architecture: one scan runs over the whole periods of `attn_pattern`
+(each holds one block a letter), and the layers that are left follow unrolled. Logits are not made
+here: training never holds them whole (`gemma_jax.ops.vocab_loss`), generation needs them for one
+position alone (`Transformer.logits`).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.model.attention import Attention, Place
+from gemma_jax.model.cache import Cache, LayerCache
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.layers import MLP, RMSNorm
+from gemma_jax.sharding import split_batch
+
+type Params = Any
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """x += post_norm(attention(pre_norm(x))), then the same with the MLP."""
+
+    config: ModelConfig
+    letter: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Place, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        c = self.config
+        norm = functools.partial(RMSNorm, c.norm_eps, "embed")
+        y = norm(name="pre_attention_norm")(x)
+        y, cache = Attention(c, self.letter, name="attention")(y, place, cache)
+        x += norm(name="post_attention_norm")(y) if c.post_norms else y
+        y = MLP(c, name="mlp")(norm(name="pre_mlp_norm")(x))
+        x += norm(name="post_mlp_norm")(y) if c.post_norms else y
+        return split_batch(x), cache
+
+
+class Period(nn.Module):
+    """One block for each letter of the pattern."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Place, caches: tuple[LayerCache, ...] | None
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
+        block = _block(self.config, inside_scan=True)
+        after = []
+        for i, letter in enumerate(self.config.attn_pattern):
+            cache = caches[i] if caches is not None else None
+            x, cache = block(self.config, letter, name=f"block_{i}")(x, place, cache)
+            after.append(cache)
+        return x, tuple(after)
+
+
+def _block(config: ModelConfig, *, inside_scan: bool) -> type[Block]:
+    if config.remat == "none":
+        return Block
+    policy = REMAT_POLICIES[config.remat]
+    return nn.remat(Block, policy=policy, prevent_cse=not inside_scan)  # type: ignore[return-value]
+
+
+class Embedding(nn.Module):
+    """A [V, D] table, used to look tokens up, to score them, or both."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        c = self.config
+        # With the lookup's factor sqrt(D), tokens enter the first block with variance 1.
+        init = nn.initializers.normal(stddev=c.embed_dim**-0.5)
+        init = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        return self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
+
+
+class Decoder(nn.Module):
+    """The Linen module behind `Transformer`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], place: Place, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        dtype = jnp.dtype(c.compute_dtype)
+        table = Embedding(c, name="embedder")()
+        if not c.tied_embedding:
+            Embedding(c, name="head")()
+        # Google's weights were trained with sqrt(D) rounded to the compute dtype.
+        x = split_batch(table[tokens].astype(dtype) * jnp.asarray(c.embed_dim**0.5, dtype))
+
+        periods: tuple[LayerCache, ...] = ()
+        if c.num_periods:
+            scan = nn.scan(
+                Period,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=c.num_periods,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, periods = scan(c, name="periods")(x, place, cache.periods if cache else None)
+        remainder = []
+        for i, letter in enumerate(c.remainder):
+            layer = cache.remainder[i] if cache else None
+            block = _block(c, inside_scan=False)(c, letter, name=f"remainder_{i}")
+            x, layer = block(x, place, layer)
+            remainder.append(layer)
+        x = RMSNorm(c.norm_eps, "embed", name="final_norm")(x)
+        return x, Cache(periods, tuple(remainder)) if cache else None  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """The model as functions of a parameter tree that the caller owns."""
+
+    config: ModelConfig
+
+    def init(self, rng: Array) -> Params:
+        """Fresh float32 parameters."""
+        return nn.unbox(self._init(rng))
+
+    def axes(self) -> Params:
+        """The logical axes of each parameter, a tree of tuples of names; allocates nothing."""
+        boxed = jax.eval_shape(self._init, jax.random.key(0))
+        is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+        return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+
+    def shapes(self) -> Params:
+        """The parameter tree as shapes; allocates nothing."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final-normed hidden states. Tokens of different segments never see each other."""
+        place = Place(_positions(tokens, positions), segment_ids)
+        hidden, _ = Decoder(self.config).apply({"params": params}, tokens, place, None)
+        return hidden
+
+    def extend(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        cache: Cache,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of tokens that follow what the cache holds, and the cache after them.
+
+        Prefill and decoding alike. Positions are absolute and below the cache's length; tokens
+        with segment id 0 are padding, neither seen nor stored.
+        """
+        place = Place(positions, segment_ids)
+        return Decoder(self.config).apply({"params": params}, tokens, place, cache)
+
+    def output_embedding(self, params: Params) -> Float[Array, "V D"]:
+        return params["embedder" if self.config.tied_embedding else "head"]["embedding"]
+
+    def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 scores of every token, final softcap applied. For few positions: see ops."""
+        table = self.output_embedding(params).astype(hidden.dtype)
+        z = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        cap = self.config.final_softcap
+        return z if cap is None else cap * jnp.tanh(z / cap)
+
+    def _init(self, rng: Array) -> Params:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return Decoder(self.config).init(rng, tokens, Place(tokens, None), None)["params"]
+
+
+def _positions(tokens: Array, positions: Array | None) -> Array:
+    if positions is not None:
+        return positions
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

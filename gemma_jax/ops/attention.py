@@ -1,0 +1,152 @@
+"""Grouped-query attention behind one function.
+
+`reference` is the dense oracle. `banded` is exact too and never builds the T x T scores of a
+sliding-window layer: queries in blocks of at least one window see their own block of keys and the
+one before. To add a backend for a piece of hardware, write a function of the same signature, say
+in `_choose` when it applies, and let it refuse what it cannot do exactly.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gemma_jax.ops.masks import MaskSpec, dense_mask, visible
+
+Backend = Literal["auto", "reference", "banded"]
+
+MASKED = -2.3819763e38  # finite, so that a row with nothing to see gives no NaN
+_MIN_BLOCK = 128  # smaller blocks lose more to overhead than they save
+_DENSE_UP_TO = 512  # below this many keys a global layer is not cut into blocks
+_MAX_GLOBAL_BLOCKS = 8  # each is a matmul of its own shape, and compile time grows with them
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    spec: MaskSpec,
+    *,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> Float[Array, "B T N H"]:
+    """Softmax attention; N query heads share K kv heads in groups of N / K.
+
+    The query comes already scaled. Scores and softmax are float32 whatever the inputs are.
+    `softcap` squashes the scores to (-softcap, softcap) before the mask (Gemma 2).
+    """
+    if backend == "auto":
+        backend = _choose(q, k, spec)
+    run = {"reference": _reference, "banded": _banded}[backend]
+    return run(q, k, v, spec, softcap)
+
+
+def _choose(q: Array, k: Array, spec: MaskSpec) -> Backend:
+    in_order = q.shape[1] == k.shape[1] and spec.q_positions is None and spec.k_positions is None
+    return "banded" if in_order else "reference"
+
+
+def _reference(
+    q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
+) -> Float[Array, "B T N H"]:
+    return _attend(q, k, v, dense_mask(spec, q.shape[1], k.shape[1]), softcap)
+
+
+def _attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "b T S"],
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def _banded(
+    q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
+) -> Float[Array, "B T N H"]:
+    T = q.shape[1]
+    if q.shape[1] != k.shape[1] or spec.q_positions is not None or spec.k_positions is not None:
+        raise ValueError("banded attention needs queries and keys of one sequence, in order")
+    if spec.window is None:
+        return _causal_blocks(q, k, v, spec, softcap)
+    block = spec.window * math.ceil(_MIN_BLOCK / spec.window)
+    if T <= 2 * block:
+        return _causal_blocks(q, k, v, spec, softcap)
+    return _window_blocks(q, k, v, spec, softcap, block)
+
+
+def _causal_blocks(
+    q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
+) -> Float[Array, "B T N H"]:
+    """Each block of queries against the keys up to its own end: half the work of all pairs."""
+    T = q.shape[1]
+    if T <= _DENSE_UP_TO:
+        return _reference(q, k, v, spec, softcap)
+    block = max(_DENSE_UP_TO, math.ceil(T / _MAX_GLOBAL_BLOCKS))
+    outputs = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        positions = jnp.arange(start, end, dtype=jnp.int32)[None]
+        part = dataclasses.replace(
+            spec,
+            q_positions=positions,
+            q_segment_ids=_cut(spec.q_segment_ids, start, end),
+            k_segment_ids=_cut(spec.k_segment_ids, 0, end),
+        )
+        mask = dense_mask(part, end - start, end)
+        outputs.append(_attend(q[:, start:end], k[:, :end], v[:, :end], mask, softcap))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _cut(x: Array | None, start: int, end: int) -> Array | None:
+    return None if x is None else x[:, start:end]
+
+
+def _window_blocks(
+    q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None, block: int
+) -> Float[Array, "B T N H"]:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    count = math.ceil(T / block)
+    pad = count * block - T
+
+    def blocks(x: Array) -> Array:
+        """[B, T, ...] -> [B, count, block, ...], zeros at the end (the future: never seen)."""
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, count, block, *x.shape[2:])
+
+    def with_previous(x: Array) -> Array:
+        """[B, count, block, ...] -> [B, count, 2 * block, ...]; zeros before the first block."""
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.concatenate([before, x], axis=2)
+
+    queries = jnp.arange(block, dtype=jnp.int32)
+    keys = jnp.arange(-block, block, dtype=jnp.int32)
+    mask = visible(spec, queries[:, None], keys[None])[None, None]
+    exists = (jnp.arange(count, dtype=jnp.int32)[:, None] > 0) | (keys >= 0)[None]
+    mask = mask & exists[None, :, None]
+    if spec.q_segment_ids is not None and spec.k_segment_ids is not None:
+        q_ids, k_ids = blocks(spec.q_segment_ids), with_previous(blocks(spec.k_segment_ids))
+        mask = mask & (q_ids[..., :, None] == k_ids[..., None, :])
+    mask = jnp.broadcast_to(mask, (B, count, block, 2 * block))
+
+    out = _attend(
+        blocks(q).reshape(B * count, block, N, H),
+        with_previous(blocks(k)).reshape(B * count, 2 * block, K, H),
+        with_previous(blocks(v)).reshape(B * count, 2 * block, K, H),
+        mask.reshape(B * count, block, 2 * block),
+        softcap,
+    )
+    return out.reshape(B, count * block, N, H)[:, :T]

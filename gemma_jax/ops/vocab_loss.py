@@ -1,0 +1,223 @@
+"""The vocabulary head: logits, softmax and cross-entropy without ever holding [tokens, V].
+
+One identity covers hard cross-entropy, sparse soft targets, their mixture and z-loss. For a token
+with logits z, target ids k_1..k_M and weights w_1..w_M (W = sum of w, lse = log sum exp z):
+
+    loss = W * lse - sum_m w_m z[k_m] + z_loss * W * lse^2
+    dz   = W * (1 + 2 * z_loss * lse) * softmax(z) - sum_m w_m onehot(k_m)
+
+The gradient needs nothing but the chunk's own logits, so it is computed in the forward pass, chunk
+by chunk, and the backward pass only scales it: three matmuls of the head instead of the four of a
+rematerialised one. Hard cross-entropy is M = 1 with weight 1; a target sampled N times from a
+teacher has weights count / N (Sparse Logit Sampling, arXiv 2503.16870); z-loss is from PaLM
+(arXiv 2204.02311, section 5).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.sharding import current_layout
+
+_CHUNK_LOGITS = 2**28  # 1 GiB of float32
+_CHUNK_TOKENS = 4096  # larger chunks no longer make the matmuls faster
+
+
+class VocabStats(NamedTuple):
+    """What the head knows of each token; no gradient flows through it.
+
+    `target_logits >= max_logit[..., None]` says whether a target is the likeliest token (a tie
+    counts as yes); `target_logits - lse[..., None]` is its log-probability.
+    """
+
+    lse: Float[Array, "*n"]
+    max_logit: Float[Array, "*n"]
+    target_logits: Float[Array, "*n M"]
+
+
+class _Settings(NamedTuple):
+    z_loss: float
+    softcap: float | None
+    chunk_tokens: int
+
+
+def default_chunk_tokens(vocab_size: int) -> int:
+    return max(1, min(_CHUNK_TOKENS, _CHUNK_LOGITS // vocab_size))
+
+
+def vocab_loss(
+    hidden: Float[Array, "*n D"],
+    embedding: Float[Array, "V D"],
+    target_ids: Int[Array, "*n M"],
+    target_weights: Float[Array, "*n M"],
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Float[Array, ""], VocabStats]:
+    """The summed loss in nats (see the module's docstring), and per-token statistics.
+
+    Differentiable in `hidden` and `embedding`; `target_weights` are constants. Ids may repeat; an
+    unused slot has weight 0. Matmuls run in `hidden.dtype` and accumulate in float32; the gradient
+    of `embedding` is float32. Memory beyond the inputs and gradients is one chunk of logits,
+    `chunk_tokens` x V (by default at most 1 GiB). `softcap` is Gemma 2's final softcap.
+
+    With a layout active (`gemma_jax.sharding`), the leading dimension is split over the batch
+    axes, each device works on its own tokens, and only the loss and the gradient of the embedding
+    are summed over devices.
+    """
+    chunk = chunk_tokens or default_chunk_tokens(embedding.shape[0])
+    settings = _Settings(float(z_loss), softcap, chunk)
+    weights = jax.lax.stop_gradient(target_weights).astype(jnp.float32)
+    return _vocab_loss(settings, hidden, embedding, target_ids, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vocab_loss(
+    settings: _Settings, hidden: Array, embedding: Array, ids: Array, weights: Array
+) -> tuple[Array, VocabStats]:
+    loss, stats, _ = _sharded(settings, False, hidden, embedding, ids, weights)
+    return loss, stats
+
+
+def _forward(
+    settings: _Settings, hidden: Array, embedding: Array, ids: Array, weights: Array
+) -> tuple[tuple[Array, VocabStats], tuple[Array, Array]]:
+    loss, stats, gradients = _sharded(settings, True, hidden, embedding, ids, weights)
+    assert gradients is not None
+    d_hidden, d_embedding = gradients
+    return (loss, stats), (d_hidden, d_embedding.astype(embedding.dtype))
+
+
+def _backward(
+    settings: _Settings, gradients: tuple[Array, Array], cotangents: tuple[Array, VocabStats]
+) -> tuple[Array, Array, None, None]:
+    scale = cotangents[0]
+    d_hidden, d_embedding = gradients
+    return (
+        d_hidden * scale.astype(d_hidden.dtype),
+        d_embedding * scale.astype(d_embedding.dtype),
+        None,
+        None,
+    )
+
+
+_vocab_loss.defvjp(_forward, _backward)
+
+type _Result = tuple[Array, VocabStats, tuple[Array, Array] | None]
+
+
+def _sharded(
+    settings: _Settings, with_gradient: bool, hidden: Array, embedding: Array, ids: Array, w: Array
+) -> _Result:
+    """Runs `_scan` on each device's own tokens. Left to itself, GSPMD would gather all tokens on
+    every device, because the scan walks along the dimension that is split."""
+    run = functools.partial(_scan, settings, with_gradient)
+    layout = current_layout()
+    if layout is None or layout.batch_size_multiple == 1:
+        return run(hidden, embedding, ids, w)
+    axes = layout.rules.batch
+
+    def local(hidden: Array, embedding: Array, ids: Array, w: Array) -> _Result:
+        loss, stats, gradients = run(hidden, embedding, ids, w)
+        loss = jax.lax.psum(loss, axes)
+        if gradients is not None:
+            gradients = (gradients[0], jax.lax.psum(gradients[1], axes))
+        return loss, stats, gradients
+
+    rows, whole = layout.batch_spec(), PartitionSpec()
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(rows, whole, rows, rows),
+        out_specs=(whole, VocabStats(rows, rows, rows), (rows, whole) if with_gradient else None),
+        check_vma=False,
+    )(hidden, embedding, ids, w)
+
+
+def _scan(
+    settings: _Settings, with_gradient: bool, hidden: Array, embedding: Array, ids: Array, w: Array
+) -> _Result:
+    shape, D, M = hidden.shape[:-1], hidden.shape[-1], ids.shape[-1]
+    n = math.prod(shape)
+    chunk = min(settings.chunk_tokens, max(n, 1))
+    count = math.ceil(n / chunk)
+
+    def chunks(x: Array) -> Array:
+        x = jnp.pad(x.reshape(n, x.shape[-1]), ((0, count * chunk - n), (0, 0)))
+        return x.reshape(count, chunk, x.shape[-1])
+
+    table = embedding.astype(hidden.dtype)
+    one = functools.partial(_chunk, settings, with_gradient, table)
+
+    def step(carry: tuple[Array, Array | None], x: tuple[Array, Array, Array]) -> tuple:
+        loss, stats, gradients = one(*x)
+        total, d_table = carry
+        if gradients is None:
+            return (total + loss, None), (stats, None)
+        return (total + loss, d_table + gradients[1]), (stats, gradients[0])
+
+    zero_table = jnp.zeros(embedding.shape, jnp.float32) if with_gradient else None
+    inputs = (chunks(hidden), chunks(ids), chunks(w))
+    (loss, d_table), (stats, d_hidden) = jax.lax.scan(
+        step, (jnp.zeros((), jnp.float32), zero_table), inputs
+    )
+
+    def whole(x: Array, *tail: int) -> Array:
+        return x.reshape(count * chunk, *tail)[:n].reshape(*shape, *tail)
+
+    stats = VocabStats(whole(stats.lse), whole(stats.max_logit), whole(stats.target_logits, M))
+    if d_hidden is None or d_table is None:
+        return loss, stats, None
+    return loss, stats, (whole(d_hidden, D), d_table)
+
+
+def _chunk(
+    settings: _Settings, with_gradient: bool, table: Array, hidden: Array, ids: Array, w: Array
+) -> _Result:
+    z = jnp.einsum("nD,VD->nV", hidden, table, preferred_element_type=jnp.float32)
+    if settings.softcap is not None:
+        z = settings.softcap * jnp.tanh(z / settings.softcap)
+    top = z.max(axis=-1)
+    lse = top + jnp.log(jnp.exp(z - top[:, None]).sum(axis=-1))
+    target_logits = jnp.take_along_axis(z, ids, axis=-1)
+    total = w.sum(axis=-1)
+    loss = (total * lse * (1 + settings.z_loss * lse)).sum() - (w * target_logits).sum()
+    stats = VocabStats(lse, top, target_logits)
+    if not with_gradient:
+        return loss, stats, None
+
+    factor = total * (1 + 2 * settings.z_loss * lse)
+    dz = factor[:, None] * jnp.exp(z - lse[:, None])
+    rows = jnp.arange(z.shape[0], dtype=ids.dtype)[:, None]
+    dz = dz.at[rows, ids].add(-w)
+    if settings.softcap is not None:
+        dz = dz * (1 - jnp.square(z / settings.softcap))
+    dz = dz.astype(hidden.dtype)
+    d_hidden = jnp.einsum("nV,VD->nD", dz, table)
+    d_table = jnp.einsum("nV,nD->VD", dz, hidden, preferred_element_type=jnp.float32)
+    return loss, stats, (d_hidden, d_table)
+
+
+def dense_vocab_loss(
+    hidden: Float[Array, "*n D"],
+    embedding: Float[Array, "V D"],
+    target_ids: Int[Array, "*n M"],
+    target_weights: Float[Array, "*n M"],
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Float[Array, ""]:
+    """The oracle: the same loss with all logits at once and JAX's own gradient."""
+    z = jnp.einsum("...D,VD->...V", hidden, embedding)
+    if softcap is not None:
+        z = softcap * jnp.tanh(z / softcap)
+    lse = jax.nn.logsumexp(z, axis=-1)
+    total = target_weights.sum(axis=-1)
+    picked = (target_weights * jnp.take_along_axis(z, target_ids, axis=-1)).sum(axis=-1)
+    return (total * lse - picked + z_loss * total * jnp.square(lse)).sum()
