@@ -4,6 +4,34 @@ The command line prints its message as one sentence and exits with code 2. Every
 exception is a bug of ours and keeps its traceback.
 """
 
+import math
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input. The message names the value, the place and the mend."""
+
+
+def require_positive(settings: Any, *names: str, allow_zero: bool = False) -> None:
+    """Refuses a setting that is not a positive, finite number; None passes where it is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if not (math.isfinite(value) and (value > 0 or (allow_zero and value == 0))):
+            wanted = "zero or more" if allow_zero else "positive"
+            raise UserError(
+                f"{type(settings).__name__}.{name}={value} must be {wanted} and finite."
+            )
+
+
+def require_fractions(settings: Any, *names: str) -> None:
+    """Refuses a setting that does not lie between 0 and 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"{type(settings).__name__}.{name}={value} must lie between 0 and 1.")
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Work stopped on request (Ctrl-C, SIGTERM) with everything saved; the message says how to go on."""

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,14 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compilation_cache() -> Path:
+    """Where JAX keeps compiled programs between processes: in the user's cache, a folder for each
+    kind of processor, since code compiled for another one may not run here."""
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = platform.machine() + platform.processor()
+    if cpuinfo.exists():
+        processor += cpuinfo.read_text().split("\n\n")[0].partition("flags")[2].partition("\n")[0]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "gemma_jax" / "jax" / hashlib.sha256(processor.encode()).hexdigest()[:12]

@@ -21,12 +21,17 @@ Advance = Callable[..., None]
 
 
 @contextmanager
-def progress(label: str, total: int, *, start: int = 0) -> Iterator[Advance]:
+def progress(
+    label: str, total: int, *, start: int = 0, quiet: bool = False
+) -> Iterator[Advance]:
     """Yields `advance(n, note="")`, to be called with the units done since the last call.
 
     `start` units were done by an earlier run and do not count towards the speed. Everything goes
     to stderr, so that stdout holds results alone.
     """
+    if quiet:
+        yield lambda *_, **__: None
+        return
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (

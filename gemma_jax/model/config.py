@@ -5,11 +5,10 @@ google-deepmind/gemma `gemma/gm/nn/_gemma.py`.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Literal
 
-from gemma_jax.errors import UserError
+from gemma_jax.errors import UserError, require_positive
 from gemma_jax.ops.attention import Backend
 
 LOCAL, GLOBAL = "L", "G"
@@ -56,16 +55,11 @@ class ModelConfig:
                 f"model.attn_pattern={self.attn_pattern!r} must be made of the letters L (local) "
                 "and G (global), such as 'LLLLLG'."
             )
-        positive = ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads")
-        positive += ("num_kv_heads", "head_dim", "max_seq_len", "sliding_window")
-        positive += ("local_rope_base", "global_rope_base", "local_rope_scale")
-        positive += ("global_rope_scale", "norm_eps")
-        optional = ("query_scale", "attn_softcap", "final_softcap")
-        named = [name for name in optional if getattr(self, name) is not None]
-        for name in (*positive, *named):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise UserError(f"model.{name}={value} must be a positive, finite number.")
+        require_positive(self, "vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads")
+        require_positive(self, "num_kv_heads", "head_dim", "max_seq_len", "sliding_window")
+        require_positive(self, "local_rope_base", "global_rope_base", "local_rope_scale")
+        require_positive(self, "global_rope_scale", "norm_eps")
+        require_positive(self, "query_scale", "attn_softcap", "final_softcap")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} must be a multiple of "

@@ -18,8 +18,8 @@ class MaskSpec:
     """
 
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
-    q_positions: Int[Array, "B T"] | None = None
-    k_positions: Int[Array, "B S"] | None = None
+    q_positions: Int[Array, "#B T"] | None = None
+    k_positions: Int[Array, "#B S"] | None = None
     q_segment_ids: Int[Array, "B T"] | None = None
     k_segment_ids: Int[Array, "B S"] | None = None
 

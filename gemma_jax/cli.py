@@ -1,0 +1,359 @@
+"""The command line: a verb a function. Nothing here but arguments, calls and printing.
+
+Results go to stdout (one JSON value with --json), progress and messages to stderr. Exit codes: 0
+done, 2 bad input (one sentence says what and how to mend it), 130 interrupted with all work saved.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_jax.errors import Interrupted, UserError
+from gemma_jax.files import compilation_cache
+
+type Verb = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one verb and ends the process with its exit code."""
+    arguments = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    _use_compilation_cache()
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last thing saved.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone: nothing left to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _use_compilation_cache() -> None:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+_TWO_WORDS = {("data", "build"), ("tokenizer", "train"), ("teacher", "verify")}
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`data build x` -> `data-build x`: argparse knows verbs of one word."""
+    if tuple(argv[:2]) in _TWO_WORDS:
+        return ["-".join(argv[:2]), *argv[2:]]
+    return list(argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gemma-jax",
+        description="Gemma 3 for research: train, distil, measure, generate.",
+        epilog="Two-word verbs may be written with a space: data build, tokenizer train, "
+        "teacher verify.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Verb, help: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=help, description=help)
+        one.set_defaults(run=run)
+        one.add_argument("--json", action="store_true", help="print one JSON value on stdout")
+        return one
+
+    one = verb("quickstart", _quickstart, "Text in, a distilled student out, and a verdict.")
+    one.add_argument("file", nargs="?", help="another experiment file of the same kind")
+    _settings_options(one)
+
+    one = verb("data-build", _data_build, "Tokenise text into a token set.")
+    one.add_argument("path", help="folder of the token set")
+    _source_options(one)
+    _tokenizer_options(one)
+    one.add_argument("--tokenizer", help="a SentencePiece model, instead of training one")
+    one.add_argument("--valid-fraction", type=float, default=0.01, help="share held out")
+    one.add_argument("--workers", type=int, help="processes; all cores by default")
+
+    one = verb("tokenizer-train", _tokenizer_train, "Train a SentencePiece model on text.")
+    one.add_argument("path", help="file of the model to write")
+    _source_options(one)
+    _tokenizer_options(one)
+
+    one = verb("train", _train, "Train an experiment.")
+    one.add_argument("file", help="experiment file")
+    one.add_argument("--point", help="a point of its SWEEP, instead of BASE")
+    _settings_options(one)
+
+    one = verb("teacher", _teacher, "Run a trained model over a token set and write its targets.")
+    one.add_argument("checkpoint", help="folder of a run")
+    one.add_argument("data", help="folder of a token set")
+    one.add_argument("path", help="folder of the shards to write")
+    one.add_argument("--seq-len", type=int, required=True)
+    one.add_argument("--draws", type=int, default=64, help="draws a token")
+    one.add_argument("--method", default="systematic", choices=("systematic", "multinomial"))
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--batch-size", type=int, default=8, help="sequences a batch")
+    one.add_argument("--num-sequences", type=int, help="all of the training split by default")
+
+    one = verb("teacher-verify", _teacher_verify, "Read shards again from end to end and check them.")
+    one.add_argument("path", help="folder of the shards")
+    one.add_argument("--checkpoint", help="the teacher's run, to recompute a sample of records")
+    one.add_argument("--sample", type=int, default=16, help="records to recompute")
+
+    one = verb("sweep", _sweep, "Run every point of an experiment file's SWEEP.")
+    one.add_argument("file", help="experiment file")
+    one.add_argument("--seeds", help="seeds instead of the file's, such as 0,1,2")
+    _settings_options(one)
+
+    one = verb("eval", _eval, "Bits per byte, perplexity and accuracy on text.")
+    one.add_argument("checkpoint", help="folder of a run")
+    one.add_argument("--data", help="folder of a token set: its validation split")
+    _source_options(one, required=False)
+    one.add_argument("--seq-len", type=int, help="tokens a sequence; the run's by default")
+    one.add_argument("--batch-size", type=int, default=8, help="sequences a batch")
+
+    one = verb("generate", _generate, "Continue prompts.")
+    one.add_argument("checkpoint", help="folder of a run")
+    one.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    one.add_argument("--max-new-tokens", type=int, default=64)
+    one.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    one.add_argument("--top-k", type=int)
+    one.add_argument("--top-p", type=float)
+    one.add_argument("--seed", type=int, default=0)
+
+    one = verb("inspect", _inspect, "Layers, shapes, parameters, FLOPs and cache of a model.")
+    one.add_argument("what", help="an experiment file, the name of a preset, or a run's folder")
+    one.add_argument("--seq-len", type=int, help="tokens a sequence for the FLOPs")
+    _settings_options(one)
+    return parser
+
+
+def _settings_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting"
+    )
+    parser.add_argument(
+        "--arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the file"
+    )
+
+
+def _source_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--source",
+        action="append",
+        required=required,
+        help="file, glob, folder, hf:NAME[:SPLIT] or stdlib; may be given several times",
+    )
+    parser.add_argument("--text-field", default="text", help="field of JSON lines and Parquet")
+
+
+def _tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vocab-size", type=int, default=8192)
+
+
+def _print(arguments: argparse.Namespace, value: Any, text: str | None = None) -> None:
+    if arguments.json or text is None:
+        print(json.dumps(value, indent=None if arguments.json else 2, ensure_ascii=False))
+    else:
+        print(text)
+
+
+def _quickstart(arguments: argparse.Namespace) -> None:
+    from gemma_jax import quickstart
+
+    path = Path(arguments.file) if arguments.file else quickstart.FILE
+    sweep = _load_sweep(path, arguments)
+    summary = quickstart.quickstart(sweep)
+    _print(arguments, summary, quickstart.report(summary))
+
+
+def _data_build(arguments: argparse.Namespace) -> None:
+    from gemma_jax.data.tokenizer import TokenizerConfig
+    from gemma_jax.data.tokens import Corpus, build_tokens
+
+    corpus = Corpus(
+        path=arguments.path,
+        sources=tuple(arguments.source),
+        tokenizer=arguments.tokenizer or TokenizerConfig(vocab_size=arguments.vocab_size),
+        text_field=arguments.text_field,
+        valid_fraction=arguments.valid_fraction,
+    )
+    _print(arguments, build_tokens(corpus, arguments.workers).manifest)
+
+
+def _tokenizer_train(arguments: argparse.Namespace) -> None:
+    from gemma_jax.data.corpora import iter_documents
+    from gemma_jax.data.tokenizer import TokenizerConfig, train_tokenizer
+
+    texts = iter_documents(tuple(arguments.source), text_field=arguments.text_field)
+    config = TokenizerConfig(vocab_size=arguments.vocab_size)
+    tokenizer = train_tokenizer((document.text for document in texts), config, arguments.path)
+    value = {"path": arguments.path, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash}
+    _print(arguments, value)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from gemma_jax.experiment import run
+
+    if arguments.point is not None:
+        sweep = _load_sweep(Path(arguments.file), arguments)
+        if arguments.point not in sweep.points:
+            known = ", ".join(sweep.points)
+            raise UserError(f"there is no point '{arguments.point}'; there are: {known}.")
+        experiment = sweep.experiment(arguments.point, sweep.seeds[0])
+    else:
+        experiment = _load_base(Path(arguments.file), arguments)
+    result = run(experiment)
+    _print(arguments, result, _result_text(result, experiment.folder))
+
+
+def _result_text(result: dict[str, Any], folder: Path) -> str:
+    return (
+        f"{result['name']}: {result['bits_per_byte']:.4f} bits/byte, loss {result['loss']:.4f}, "
+        f"accuracy {result['accuracy']:.4f} on held-out text after {result['tokens']:,} tokens "
+        f"({result['tokens_per_s'] or 0:,.0f} tokens/s); see {folder}"
+    )
+
+
+def _teacher(arguments: argparse.Namespace) -> None:
+    from gemma_jax.data.tokens import TokenSet
+    from gemma_jax.distill.teacher import TeacherJob
+    from gemma_jax.trained import write_shards
+
+    job = TeacherJob(
+        path=arguments.path,
+        draws=arguments.draws,
+        method=arguments.method,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    manifest = write_shards(
+        job,
+        arguments.checkpoint,
+        TokenSet.open(arguments.data),
+        seq_len=arguments.seq_len,
+        num_sequences=arguments.num_sequences,
+    )
+    _print(arguments, manifest)
+
+
+def _teacher_verify(arguments: argparse.Namespace) -> None:
+    from gemma_jax.trained import verify_shards
+
+    _print(arguments, verify_shards(arguments.path, arguments.checkpoint, arguments.sample))
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from gemma_jax.sweep import markdown, run_sweep
+
+    sweep = _load_sweep(Path(arguments.file), arguments)
+    rows = run_sweep(sweep)
+    text = f"{markdown(rows)}\n{sweep.folder}/results.csv, results.md, results.png"
+    _print(arguments, rows, text)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from gemma_jax.trained import evaluate
+
+    result = evaluate(
+        arguments.checkpoint,
+        data=arguments.data,
+        sources=tuple(arguments.source or ()),
+        text_field=arguments.text_field,
+        seq_len=arguments.seq_len,
+        batch_size=arguments.batch_size,
+    )
+    _print(arguments, result)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from gemma_jax.trained import complete
+    from gemma_jax.generation.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
+    )
+    texts = complete(
+        arguments.checkpoint,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        seed=arguments.seed,
+    )
+    _print(
+        arguments,
+        [{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)],
+        "\n\n".join(p + t for p, t in zip(arguments.prompt, texts, strict=True)),
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from gemma_jax.model import summary
+    from gemma_jax.model.config import PRESETS
+    from gemma_jax.runs import MODEL, read_config
+    from gemma_jax.settings import override, parse_assignments
+
+    what, seq_len = arguments.what, arguments.seq_len
+    if what in PRESETS:
+        config = override(PRESETS[what](), parse_assignments(arguments.set, {}))
+    elif (Path(what) / MODEL).exists():
+        config = read_config(Path(what) / MODEL)
+    elif what.endswith(".py"):
+        experiment = _load_base(Path(what), arguments)
+        config, seq_len = experiment.model, seq_len or experiment.seq_len
+    else:
+        raise UserError(
+            f"'{what}' is no preset ({', '.join(PRESETS)}), no folder of a run and no experiment "
+            "file."
+        )
+    described = summary.describe(config, seq_len or min(2048, config.max_seq_len))
+    _print(arguments, described, summary.text(described))
+
+
+def _load_file(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    from gemma_jax.experiment_file import load_file
+    from gemma_jax.settings import parse_assignments
+
+    return load_file(path, parse_assignments(arguments.arg, {}))
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    from gemma_jax.experiment import SETTINGS
+    from gemma_jax.settings import parse_assignments
+
+    return parse_assignments(arguments.set, SETTINGS)
+
+
+def _load_base(path: Path, arguments: argparse.Namespace) -> Any:
+    from gemma_jax.settings import override
+
+    defined = _load_file(path, arguments)
+    base = defined["BASE"] if "BASE" in defined else defined["SWEEP"].base
+    return override(base, _changes(arguments))
+
+
+def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
+    import dataclasses
+
+    from gemma_jax.settings import override
+
+    defined = _load_file(path, arguments)
+    if "SWEEP" not in defined:
+        raise UserError(f"{path} defines no SWEEP; use `gemma-jax train {path}`.")
+    sweep = defined["SWEEP"]
+    seeds = sweep.seeds
+    if getattr(arguments, "seeds", None):
+        try:
+            seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
+        except ValueError:
+            raise UserError(
+                f"--seeds {arguments.seeds} must be whole numbers with commas, such as 0,1,2."
+            ) from None
+    return dataclasses.replace(sweep, base=override(sweep.base, _changes(arguments)), seeds=seeds)

@@ -1,0 +1,214 @@
+"""The stream of training batches: sources mixed by weights that may change from stage to stage.
+
+Everything is a function of the seed and the number of the batch, so Grain's whole state is that
+number: it resumes exactly, on any number of hosts.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from gemma_jax.data.packing import Batch, PackedStream, check_seq_len
+from gemma_jax.data.token_set import TokenSet
+from gemma_jax.errors import UserError
+
+_WEIGHT_BITS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of training with fixed weights.
+
+    Args:
+      until: share of all tokens at which it ends, in (0, 1]; the last stage ends at 1.
+      weights: name of a source to its share of the tokens; any positive numbers, normalised.
+    """
+
+    until: float
+    weights: Mapping[str, float]
+
+
+class Mixture:
+    """Tells for each sequence number of a run its source and its number within that source.
+
+    Sources alternate as evenly as can be (Bresenham's line, one source split off after another):
+    after any number of sequences of a stage, a count of S sources is off its share by S/2 at most.
+    """
+
+    def __init__(self, stages: Sequence[Stage], names: Sequence[str], sequences: int):
+        self._names = list(names)
+        self._starts: list[int] = []
+        self._shares: list[list[int]] = []  # of what is left, in units of 2^-_WEIGHT_BITS
+        self._before: list[list[int]] = []  # sequences of each source in the stages before
+        start, counts = 0, [0] * len(self._names)
+        for stage in stages:
+            self._starts.append(start)
+            self._before.append(counts)
+            self._shares.append(self._split(stage))
+            end = round(stage.until * sequences)
+            within = self._counts(end - start, self._shares[-1])
+            counts = [a + b for a, b in zip(counts, within, strict=True)]
+            start = end
+
+    def locate(self, number: int) -> tuple[str, int]:
+        """(source, number within the source) of the run's sequence `number`."""
+        stage = int(np.searchsorted(self._starts, number, side="right")) - 1
+        n = number - self._starts[stage]
+        now = self._counts(n, self._shares[stage])
+        then = self._counts(n + 1, self._shares[stage])
+        source = next(i for i, (a, b) in enumerate(zip(now, then, strict=True)) if b > a)
+        return self._names[source], self._before[stage][source] + now[source]
+
+    def _split(self, stage: Stage) -> list[int]:
+        left = float(sum(stage.weights.values()))
+        shares = []
+        for name in self._names:
+            weight = stage.weights.get(name, 0.0)
+            last = weight > 0 and left - weight < 1e-12 * left
+            shares.append(1 << _WEIGHT_BITS if last else int(weight / left * 2.0**_WEIGHT_BITS))
+            left = max(left - weight, 1e-300)
+        return shares
+
+    def _counts(self, n: int, shares: list[int]) -> list[int]:
+        """How many of the first n sequences of a stage each source gives; exact in integers."""
+        counts = []
+        half = 1 << _WEIGHT_BITS - 1
+        for share in shares:
+            own = n * share + half >> _WEIGHT_BITS
+            counts.append(own)
+            n -= own
+        return counts
+
+
+class _Batches:
+    """Batches by number, this host's rows of them: what Grain reads from."""
+
+    def __init__(
+        self, streams: dict[str, PackedStream], mixture: Mixture, rows: range, size: int, count: int
+    ):
+        self._streams, self._mixture = streams, mixture
+        self._rows, self._size, self._count = rows, size, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Batch:
+        wanted: dict[str, tuple[list[int], list[int]]] = {}
+        for place, row in enumerate(self._rows):
+            name, within = self._mixture.locate(int(number) * self._size + row)
+            places, numbers = wanted.setdefault(name, ([], []))
+            places.append(place)
+            numbers.append(within)
+        read = {name: self._streams[name].read(numbers) for name, (_, numbers) in wanted.items()}
+        if len(read) == 1:
+            return next(iter(read.values()))
+        order = np.argsort(np.concatenate([wanted[name][0] for name in read]))
+        fields = next(iter(read.values()))
+        return {f: np.concatenate([part[f] for part in read.values()])[order] for f in fields}
+
+
+def train_stream(
+    sources: Mapping[str, TokenSet],
+    stages: Sequence[Stage],
+    *,
+    seq_len: int,
+    batch_size: int,
+    num_batches: int,
+    seed: int,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> grain.IterDataset:
+    """The training batches of this host, `num_batches` of them.
+
+    Sequence r of batch i is the sequence iB + r of the run; the mixture says which source it comes
+    from. Each source goes through its epochs at its own pace and goes on where it was when the
+    stage changes. Host h holds the rows hB/H to (h + 1)B/H.
+
+    Args:
+      sources: token sets by name, all of one tokenizer; their `train` splits are read.
+      stages: the weights of the sources over the run.
+      seq_len: T.
+      batch_size: B, sequences of the global batch.
+      num_batches: length of the run, to which `Stage.until` refers.
+      seed: decides the order.
+
+    Returns:
+      an IterDataset of dicts of [B / H, T] arrays, made ahead by two threads; its iterators'
+      `get_state` is the number of the next batch.
+
+    Raises:
+      UserError: for stages, sizes or sources that do not fit together.
+    """
+    check_seq_len(seq_len)
+    _check_stages(sources, stages)
+    if batch_size < 1 or num_batches < 1:
+        raise UserError(
+            f"batch_size {batch_size} and num_batches {num_batches} must both be 1 or more."
+        )
+    if host_count < 1 or batch_size % host_count or not 0 <= host_index < host_count:
+        raise UserError(
+            f"batch_size {batch_size} (sequences) does not divide over {host_count} hosts for host "
+            f"{host_index}; make it a multiple of {host_count}."
+        )
+    used = [name for name in sources if any(name in stage.weights for stage in stages)]
+    streams = {
+        name: PackedStream(
+            sources[name].documents("train"), seq_len, _own_seed(seed, name), shuffle_sequences=True
+        )
+        for name in used
+    }
+    own = batch_size // host_count
+    batches = _Batches(
+        streams,
+        Mixture(stages, used, num_batches * batch_size),
+        range(host_index * own, (host_index + 1) * own),
+        batch_size,
+        num_batches,
+    )
+    return grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    )
+
+
+def _own_seed(seed: int, name: str) -> int:
+    """A seed for one source, so that adding another leaves its order alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _check_stages(sources: Mapping[str, TokenSet], stages: Sequence[Stage]) -> None:
+    if not stages:
+        raise UserError("the mixture has no stages; give at least Stage(until=1.0, weights=...).")
+    before = 0.0
+    for number, stage in enumerate(stages, start=1):
+        if not before < stage.until <= 1:
+            raise UserError(
+                f"stage {number} ends at {stage.until}, which is not above {before} and up to 1; "
+                "give stages whose `until` grows to 1.0."
+            )
+        before = stage.until
+        if not stage.weights:
+            raise UserError(f"stage {number} names no source; give weights such as {{'a': 1.0}}.")
+        for name, weight in stage.weights.items():
+            if name not in sources:
+                raise UserError(
+                    f'stage {number} names the source "{name}", which is not there (there are: '
+                    f"{', '.join(sources)})."
+                )
+            if not 0 < weight < float("inf"):
+                raise UserError(
+                    f'stage {number} gives "{name}" the weight {weight}; weights are positive, '
+                    "leave a source out to silence it."
+                )
+    if before != 1:
+        raise UserError(f"the last stage ends at {before}; set its `until` to 1.0.")
+    hashes = {name: token_set.tokenizer.hash for name, token_set in sources.items()}
+    if len(set(hashes.values())) > 1:
+        which = ", ".join(f"{name} {value[:8]}" for name, value in hashes.items())
+        raise UserError(
+            f"the sources were built with different tokenizers ({which}); build them with one, by "
+            "giving its path as Corpus.tokenizer."
+        )

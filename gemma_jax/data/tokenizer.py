@@ -1,0 +1,301 @@
+"""The tokenizer: SentencePiece BPE that gives every text back byte for byte.
+
+Settings as for Gemma (Gemma 3 report, arXiv 2503.19786, section 2): digits split, whitespace kept,
+bytes for what the vocabulary lacks, and the control pieces at Gemma's ids. It departs from Gemma in
+two places, both for the sake of exactness: a literal U+2581, which SentencePiece would give back as
+a space, becomes its three bytes, and the names of control pieces in ordinary text stay text.
+"""
+
+import hashlib
+import heapq
+import io
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from gemma_jax import files
+from gemma_jax.errors import UserError, require_fractions, require_positive
+
+PAD, EOS, BOS, UNK = 0, 1, 2, 3
+START_OF_TURN, END_OF_TURN = 105, 106
+MODEL_FILE = "tokenizer.model"
+
+_CONTROL_PIECES = (  # ids 4 to 106, in order
+    "<mask>",
+    "[multimodal]",
+    *(f"<unused{n}>" for n in range(99)),
+    "<start_of_turn>",
+    "<end_of_turn>",
+)
+# Runs of newlines and tabs are pieces of their own: the trainer sees single lines without tabs,
+# so no other piece holds either character, and a text may be cut after such a run.
+_WHITESPACE_PIECES = (*("\n" * n for n in range(1, 5)), *("\t" * n for n in range(1, 5)))
+_SPACE = "\u2581"  # SentencePiece's stand-in for the space
+_CUT_CHARS = 1 << 16  # BPE takes memory in proportion to what it sees at once
+_CUT_PLACE = re.compile(r"(?<=\n)(?=[^\n])|(?<=[^ \n\t])(?= )")
+_ROUND_TRIP_PROBE = "  a\u00a0 b\r\n\n\tﬁ e\u0301 \u2581<bos><start_of_turn>\x00\ufeff 12 🙂 "
+
+sentencepiece.SetMinLogLevel(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How to train a tokenizer.
+
+    Args:
+      vocab_size: pieces in all; 371 of them are control pieces, whitespace and bytes.
+      sample_bytes: UTF-8 bytes of the corpus to train on, drawn document by document.
+      seed: which documents are drawn.
+      character_coverage: share of the sample's characters that get pieces; bytes spell the rest.
+    """
+
+    vocab_size: int = 8192
+    sample_bytes: int = 10_000_000
+    seed: int = 0
+    character_coverage: float = 0.9995
+
+    def __post_init__(self) -> None:
+        least = 4 + len(_CONTROL_PIECES) + len(_WHITESPACE_PIECES) + 256
+        if self.vocab_size <= least:
+            raise UserError(
+                f"vocab_size {self.vocab_size} leaves no room for words: {least} ids are control "
+                f"pieces, whitespace and bytes; set TokenizerConfig.vocab_size to 512 or more."
+            )
+        require_positive(self, "sample_bytes", "character_coverage")
+        require_fractions(self, "character_coverage")
+
+
+class Tokenizer:
+    """Text to ids and back. Without BOS and EOS: whoever builds a document adds them."""
+
+    def __init__(self, model: bytes, name: str = "the model"):
+        """Takes a serialized SentencePiece model; `name` stands for it in messages.
+
+        Raises:
+          UserError: if it is no SentencePiece model, or one that loses text.
+        """
+        self.model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            size = self._processor.get_piece_size()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{name} is not a SentencePiece model; train one anew.") from error
+        self._bytes = [self._piece_bytes(i) for i in range(size)]
+        self._byte_ids = {b: i for i, b in enumerate(self._bytes) if self._processor.is_byte(i)}
+        # Gemma's own model matches the names of its turn pieces in text; cutting them open keeps
+        # them text.
+        named = [
+            self._processor.id_to_piece(i)
+            for i in range(min(size, END_OF_TURN + 1))
+            if not self._bytes[i] and not self._processor.is_control(i) and i != UNK
+        ]
+        self._named = re.compile("|".join(map(re.escape, named))) if named else None
+        if self.decode(self.encode(_ROUND_TRIP_PROBE)) != _ROUND_TRIP_PROBE:
+            raise UserError(
+                f"{name} changes text (it normalises, or has no bytes to fall back on), but every "
+                "text has to come back byte for byte; train one with TokenizerConfig."
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads a model file, or the `tokenizer.model` of a token set's folder."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / MODEL_FILE
+        try:
+            return cls(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise UserError(
+                f"there is no tokenizer at {path}; give a SentencePiece model file or the folder "
+                "of a token set."
+            ) from None
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._bytes)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the model file, in hex."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        files.write_bytes(path, self.model)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Encodes many texts at once, on `threads` threads outside of Python's lock."""
+        fragments: list[str] = []
+        plans: list[list[int | None]] = []  # None takes the next fragment, an int is a byte piece
+        for text in texts:
+            if len(text) <= _CUT_CHARS and _SPACE not in text and self._named is None:
+                fragments.append(text)
+                plans.append([None])
+            else:
+                plans.append(self._plan(text, fragments))
+        if threads == 1:  # starting even one thread costs more than a short text
+            encoded = iter([self._processor.encode(fragment) for fragment in fragments])
+        else:
+            encoded = iter(self._processor.encode(fragments, num_threads=threads))
+        results = []
+        for plan in plans:
+            if len(plan) == 1 and plan[0] is None:
+                results.append(next(encoded))
+                continue
+            ids: list[int] = []
+            for byte_id in plan:
+                if byte_id is None:
+                    ids.extend(next(encoded))
+                else:
+                    ids.append(byte_id)
+            results.append(ids)
+        return results
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; control pieces stand for nothing, broken UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._bytes[i] for i in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [V]: UTF-8 bytes that each id stands for, 0 for control pieces.
+
+        Sums over `encode(text)` to exactly `len(text.encode())`.
+        """
+        return np.array([len(piece) for piece in self._bytes], np.int32)
+
+    def _piece_bytes(self, i: int) -> bytes:
+        processor = self._processor
+        if processor.is_control(i) or processor.is_unknown(i):
+            return b""
+        piece = processor.id_to_piece(i)
+        if processor.is_byte(i):
+            return bytes([int(piece[3:5], 16)])
+        if i <= END_OF_TURN and piece[0] + piece[-1] in ("<>", "[]"):
+            return b""
+        return piece.replace(_SPACE, " ").encode()
+
+    def _plan(self, text: str, fragments: list[str]) -> list[int | None]:
+        plan: list[int | None] = []
+        spelled = [self._byte_ids.get(bytes([b]), UNK) for b in _SPACE.encode()]
+        for number, stretch in enumerate(text.split(_SPACE)):
+            if number:
+                plan.extend(spelled)
+            pieces = _cut_named(stretch, self._named) if self._named else [stretch]
+            for piece in pieces:
+                cuts = _cut_long(piece)
+                fragments.extend(cuts)
+                plan.extend([None] * len(cuts))
+        return plan
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: str | Path) -> Tokenizer:
+    """Trains a BPE model on a sample of `texts` and writes it to `path`.
+
+    The same documents in any order give the same bytes. All of `texts` is read; memory holds the
+    sample alone.
+
+    Raises:
+      UserError: if the vocabulary is too large or too small for the sample.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(_sample(texts, config)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=config.character_coverage,
+            max_sentence_length=1 << 30,
+            pad_id=PAD,
+            eos_id=EOS,
+            bos_id=BOS,
+            unk_id=UNK,
+            pad_piece="<pad>",
+            eos_piece="<eos>",
+            bos_piece="<bos>",
+            unk_piece="<unk>",
+            control_symbols=list(_CONTROL_PIECES),
+            user_defined_symbols=list(_WHITESPACE_PIECES),
+            minloglevel=3,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise _training_error(str(error), config) from error
+    tokenizer = Tokenizer(model.getvalue(), str(path))
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _training_error(message: str, config: TokenizerConfig) -> Exception:
+    if found := re.search(r"too high.*<= (\d+)", message):
+        return UserError(
+            f"vocab_size {config.vocab_size} is too large for this corpus, which supports at most "
+            f"{found[1]}; set TokenizerConfig.vocab_size to {found[1]} or less, or give more text."
+        )
+    if found := re.search(r"required_chars.*?(\d+) vs (\d+)", message, re.DOTALL):
+        return UserError(
+            f"vocab_size {config.vocab_size} is too small for the characters of this corpus, which "
+            f"take {found[2]}; set TokenizerConfig.vocab_size above that, or lower "
+            "character_coverage."
+        )
+    if "!sentences_.empty()" in message or "empty" in message.lower():
+        return UserError("the corpus has no text to train a tokenizer on; give more documents.")
+    return RuntimeError(f"SentencePiece failed to train: {message}")
+
+
+def _sample(texts: Iterable[str], config: TokenizerConfig) -> list[str]:
+    """The documents with the smallest hashes that fill `sample_bytes`, in the order of hashes."""
+    heap: list[tuple[int, int, str]] = []
+    held = 0
+    key = config.seed.to_bytes(8, "little", signed=True)
+    for text in texts:
+        data = text.encode()
+        priority = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+        if held >= config.sample_bytes and -priority <= heap[0][0]:
+            continue
+        heapq.heappush(heap, (-priority, len(data), text))
+        held += len(data)
+        while held - heap[0][1] >= config.sample_bytes:
+            held -= heapq.heappop(heap)[1]
+    return [text for _, _, text in sorted(heap, reverse=True)]
+
+
+def _lines(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        for line in re.split(f"[\n\t\x00{_SPACE}]+", text):
+            if line:
+                yield line
+
+
+def _cut_named(text: str, named: re.Pattern[str]) -> list[str]:
+    """Cuts each control piece's name after its first character, so that it cannot match."""
+    cuts = [0, *(found.start() + 1 for found in named.finditer(text)), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def _cut_long(text: str) -> list[str]:
+    """Cuts a long text where no piece can reach across, so that the ids do not change by it."""
+    pieces = []
+    start = 0
+    while len(text) - start > _CUT_CHARS:
+        found = _CUT_PLACE.search(text, start + _CUT_CHARS, start + 2 * _CUT_CHARS)
+        end = found.start() if found else min(start + 2 * _CUT_CHARS, len(text))
+        pieces.append(text[start:end])
+        start = end
+    pieces.append(text[start:])
+    return pieces

@@ -1,0 +1,279 @@
+"""An experiment is a page of settings; this is where its parts are put together and run.
+
+`Experiment` is a description and nothing else: data, teacher and shards that it names are built on
+first use (`run`), and found again afterwards.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from gemma_jax import runs, trained
+from gemma_jax.data.loader import Stage, train_stream
+from gemma_jax.data.packing import packed_sequences
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
+from gemma_jax.distill.objective import Distill
+from gemma_jax.distill.shards import TeacherShards, shard_stream
+from gemma_jax.distill.teacher import TeacherJob
+from gemma_jax.errors import UserError, require_positive
+from gemma_jax.eval.perplexity import make_evaluation
+from gemma_jax.model.config import ModelConfig, flops_per_token
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.settings import to_json
+from gemma_jax.sharding import MeshConfig, make_layout
+from gemma_jax.training.loop import Job, LoopConfig, train
+from gemma_jax.training.objective import Xent
+from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Several corpora in stages: `Stage(until=0.8, weights={"a": 0.7, "b": 0.3})` and so on.
+
+    `sources` name token sets, which must share one tokenizer; the stages say which part of the
+    run draws from which, by weight in tokens.
+    """
+
+    sources: dict[str, Corpus | str]
+    stages: tuple[Stage, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training run. Its folder is `runs/NAME`.
+
+    `tokens` and `batch_tokens` count label positions; steps follow from them. `data` is a corpus
+    (built where it is not yet), the folder of a built one, or a mixture. A distillation run
+    trains on its shards and is validated on `data`.
+    """
+
+    name: str
+    model: ModelConfig
+    data: Corpus | Mixture | str
+    objective: Xent | Distill = Xent()
+    optimizer: AdamW | Muon = AdamW()
+    tokens: int
+    batch_tokens: int
+    seq_len: int
+    seed: int = 0
+    valid_tokens: int = 500_000  # at most this many, the same ones each time
+    train: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        require_positive(self, "tokens", "batch_tokens", "seq_len", "valid_tokens")
+        if self.seq_len > self.model.max_seq_len:
+            raise UserError(
+                f"seq_len={self.seq_len} is over the model's context of "
+                f"model.max_seq_len={self.model.max_seq_len} tokens; shorten the one or extend the "
+                "other."
+            )
+        if self.batch_tokens % (self.seq_len * self.train.microbatches):
+            raise UserError(
+                f"batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len} "
+                f"times train.microbatches={self.train.microbatches}."
+            )
+        if self.tokens < self.batch_tokens:
+            raise UserError(
+                f"tokens={self.tokens} is less than one batch of batch_tokens={self.batch_tokens}."
+            )
+
+    @property
+    def folder(self) -> Path:
+        return runs.RUNS / self.name
+
+    @property
+    def num_steps(self) -> int:
+        return self.tokens // self.batch_tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences a batch."""
+        return self.batch_tokens // self.seq_len
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherRun(TeacherJob):
+    """Teacher shards with where they come from.
+
+    `teacher` is an experiment (trained first) or the folder of a trained run. The teacher reads
+    the training split of `data` once, packed into `seq_len` tokens; both default to its own.
+    """
+
+    teacher: Experiment | str
+    data: Corpus | str | None = None
+    seq_len: int | None = None
+    num_sequences: int | None = None  # None: all
+
+
+def run(experiment: Experiment) -> dict[str, Any]:
+    """Trains an experiment to its end and returns its result, also kept as `result.json`.
+
+    Builds what it names first. A finished run returns at once; an interrupted one goes on. A
+    folder that holds another experiment is refused.
+    """
+    runs.claim(experiment.folder, to_json(experiment))
+    finished = runs.read_result(experiment.folder)
+    if finished is not None:
+        return finished
+    began = time.time()
+    job = build(experiment)
+    outcome = train(job)
+    result = {
+        "name": experiment.name,
+        "bits_per_byte": outcome.metrics["valid/bits_per_byte"],
+        "loss": outcome.metrics["valid/loss"],
+        "accuracy": outcome.metrics["valid/accuracy"],
+        "tokens": experiment.num_steps * experiment.batch_tokens,
+        "steps": experiment.num_steps,
+        "tokens_per_s": outcome.metrics.get("tokens_per_s"),
+        "mfu": outcome.metrics.get("mfu"),
+        "wall_s": round(time.time() - began, 1),
+        "metrics": outcome.metrics,
+    }
+    if jax.process_index() == 0:
+        runs.write_result(experiment.folder, result)
+    return result
+
+
+def build(experiment: Experiment) -> Job:
+    """Everything that the loop needs, with all input checked against all other."""
+    sources = _token_sets(experiment.data)
+    tokenizer = next(iter(sources.values())).tokenizer
+    _check_vocabulary(experiment, tokenizer)
+    layout = make_layout(experiment.mesh)
+    rows, split = experiment.batch_size, layout.batch_size_multiple
+    if rows % (split * experiment.train.microbatches):
+        raise UserError(
+            f"a batch of {rows} sequences (batch_tokens={experiment.batch_tokens} / "
+            f"seq_len={experiment.seq_len}) in {experiment.train.microbatches} microbatch(es) does "
+            f"not divide by the {split} devices of the mesh's batch axes; change batch_tokens or "
+            "mesh."
+        )
+    model = Transformer(experiment.model)
+    config = experiment.model
+    if jax.process_index() == 0:
+        runs.describe_model(experiment.folder, config, tokenizer)
+    return Job(
+        name=experiment.name,
+        folder=experiment.folder,
+        config=experiment.train,
+        layout=layout,
+        init_params=lambda: model.init(jax.random.key(experiment.seed)),
+        axes=model.axes(),
+        objective=experiment.objective.build(model, softcap=config.final_softcap),
+        optimizer=experiment.optimizer,
+        batches=_batches(experiment, sources, tokenizer),
+        num_steps=experiment.num_steps,
+        tokens_per_step=experiment.batch_tokens,
+        flops_per_token=flops_per_token(config, experiment.seq_len),
+        evaluate=make_evaluation(
+            model,
+            _valid_sequences(sources, experiment.seq_len, experiment.valid_tokens),
+            tokenizer.token_bytes(),
+            layout,
+            batch_size=rows,
+        ),
+        seed=experiment.seed,
+    )
+
+
+def prepare_shards(job: TeacherJob | str) -> TeacherShards:
+    """The shards of a job, written where they are not yet."""
+    if isinstance(job, str):
+        return TeacherShards.open(job)
+    if not isinstance(job, TeacherRun):
+        return TeacherShards.open(job.path)
+    if isinstance(job.teacher, Experiment):
+        run(job.teacher)
+        folder, data, seq_len = job.teacher.folder, job.teacher.data, job.teacher.seq_len
+    else:
+        folder, data, seq_len = Path(job.teacher), job.data, job.seq_len or 0
+    data, seq_len = job.data or data, job.seq_len or seq_len
+    if not isinstance(data, (Corpus, str)) or not seq_len:
+        raise UserError(
+            f"the shards at {job.path} need data (one corpus) and seq_len beside the teacher {folder}."
+        )
+    trained.write_shards(
+        job, folder, open_tokens(data), seq_len=seq_len, num_sequences=job.num_sequences
+    )
+    return TeacherShards.open(job.path)
+
+
+def open_tokens(data: Corpus | str) -> TokenSet:
+    """A token set by its folder, or by its description: built where it is not yet."""
+    return TokenSet.open(data) if isinstance(data, str) else build_tokens(data)
+
+
+def _token_sets(data: Corpus | Mixture | str) -> dict[str, TokenSet]:
+    if not isinstance(data, Mixture):
+        return {"data": open_tokens(data)}
+    if not data.sources:
+        raise UserError("data.sources is empty; a mixture needs at least one corpus.")
+    sets = {name: open_tokens(source) for name, source in data.sources.items()}
+    first = next(iter(data.sources))
+    for name, tokens in sets.items():
+        trained.check_same_tokenizer(tokens, sets[first].tokenizer, f"source '{first}'")
+    return sets
+
+
+def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    if experiment.model.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer of the data has "
+            f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}."
+        )
+
+
+def _batches(
+    experiment: Experiment, sources: dict[str, TokenSet], tokenizer: Tokenizer
+) -> grain.IterDataset:
+    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    if isinstance(experiment.objective, Distill):
+        shards = prepare_shards(experiment.objective.shards)
+        shards.check_tokenizer(tokenizer.hash)
+        if shards.seq_len != experiment.seq_len:
+            raise UserError(
+                f"the teacher shards {shards.path} hold sequences of {shards.seq_len} tokens and "
+                f"seq_len={experiment.seq_len}; set seq_len={shards.seq_len}."
+            )
+        return shard_stream(
+            shards, batch_size=experiment.batch_size, seed=experiment.seed, **host
+        )
+    mixed = isinstance(experiment.data, Mixture)
+    stages = experiment.data.stages if mixed else (Stage(until=1.0, weights={"data": 1.0}),)
+    return train_stream(
+        sources,
+        stages,
+        seq_len=experiment.seq_len,
+        batch_size=experiment.batch_size,
+        num_batches=experiment.num_steps,
+        seed=experiment.seed,
+        **host,
+    )
+
+
+def _valid_sequences(
+    sources: dict[str, TokenSet], seq_len: int, max_tokens: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Held-out sequences, an equal share of `max_tokens` from each source."""
+    for tokens in sources.values():
+        limit = max(1, max_tokens // len(sources) // seq_len)
+        for i, sequence in enumerate(packed_sequences(tokens, "valid", seq_len, seed=0)):
+            if i == limit:
+                break
+            yield sequence
+
+
+
+# What a setting can be made of on the command line: `--set "optimizer=Muon(learning_rate=1e-3)"`.
+SETTINGS = {
+    cls.__name__: cls
+    for cls in (AdamW, Cosine, Distill, LoopConfig, MeshConfig, Muon, WarmupStableDecay, Xent)
+}

@@ -1,0 +1,110 @@
+"""The whole mission once, on real text: tokenizer, data, teacher, shards, two students, a verdict.
+
+Everything it does is described by an experiment file whose SWEEP has a point `scratch` and a point
+`distilled`; this module runs that sweep and sums it up.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from gemma_jax.data.tokenizer import BOS
+from gemma_jax.distill.objective import Distill
+from gemma_jax.distill.shards import TeacherShards
+from gemma_jax.errors import UserError
+from gemma_jax.experiment import TeacherRun
+from gemma_jax.files import write_json
+from gemma_jax.generation.decode import generate
+from gemma_jax.generation.sampling import Sampling
+from gemma_jax.runs import load_model
+from gemma_jax.sweep import Sweep, run_sweep
+
+FILE = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+_PROMPTS = ("def ", "import ", "The ", "class ", "    return ")
+_SAMPLE_TOKENS = 48
+
+
+def quickstart(sweep: Sweep) -> dict[str, Any]:
+    """Runs a scratch-against-distilled sweep to its end; also writes `summary.json` in its folder.
+
+    `tokens_per_s` is the scratch student's training speed and `wall_s` the time of this call (an
+    earlier, interrupted one is not counted).
+    """
+    began = time.time()
+    teacher, shards_job = _teacher(sweep)
+    rows = {row["point"]: row for row in run_sweep(sweep) if row["seed"] == sweep.seeds[0]}
+    rows |= {row["point"]: row for row in run_sweep(sweep) if row["point"] == Path(teacher).name}
+    shards = TeacherShards.open(shards_job.path)
+    tokens = shards.manifest["num_tokens"]
+    seed = sweep.seeds[0]
+    names = {"teacher": teacher} | {
+        point: sweep.experiment(point, seed).folder for point in ("scratch", "distilled")
+    }
+    summary = {
+        "bits_per_byte": {
+            name: rows[Path(teacher).name if name == "teacher" else name]["bits_per_byte"]
+            for name in names
+        },
+        "shard_bytes_per_token": shards.manifest["num_bytes"] / tokens,
+        "unique_ids_per_token": shards.manifest["num_targets"] / tokens,
+        "tokens_per_s": rows["scratch"]["tokens_per_s"],
+        "wall_s": round(time.time() - began, 1),
+        "plot": str(sweep.folder / "results.png"),
+        "samples": {name: samples(folder) for name, folder in names.items()},
+    }
+    write_json(sweep.folder / "summary.json", summary)
+    return summary
+
+
+def _teacher(sweep: Sweep) -> tuple[str, TeacherRun]:
+    if not {"scratch", "distilled"} <= set(sweep.points):
+        raise UserError(
+            f"the sweep has points {sorted(sweep.points)}; a quickstart needs 'scratch' and "
+            "'distilled'."
+        )
+    objective = sweep.experiment("distilled", sweep.seeds[0]).objective
+    if not isinstance(objective, Distill) or not isinstance(objective.shards, TeacherRun):
+        raise UserError(
+            "the point 'distilled' must have objective=Distill(shards=TeacherRun(...))."
+        )
+    teacher = objective.shards.teacher
+    return str(teacher if isinstance(teacher, str) else teacher.folder), objective.shards
+
+
+def samples(folder: str | Path, prompts: tuple[str, ...] = _PROMPTS) -> list[str]:
+    """A short continuation of each prompt, the prompt included; the same each time."""
+    loaded = load_model(folder)
+    ids = [[BOS, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
+    new = generate(
+        loaded.model,
+        loaded.params,
+        ids,
+        max_new_tokens=_SAMPLE_TOKENS,
+        sampling=Sampling(temperature=0.7, top_k=40),
+    )
+    return [
+        prompt + loaded.tokenizer.decode(tokens) for prompt, tokens in zip(prompts, new, strict=True)
+    ]
+
+
+def report(summary: dict[str, Any]) -> str:
+    """The summary as text for a terminal."""
+    bits = summary["bits_per_byte"]
+    lines = ["", "model       bits/byte on held-out text"]
+    lines += [f"{name:<12}{value:.4f}" for name, value in bits.items()]
+    won = bits["scratch"] - bits["distilled"]
+    verdict = "better" if won > 0 else "worse"
+    lines += [
+        f"distilled is {abs(won):.4f} bits/byte {verdict} than scratch, same tokens and steps",
+        "",
+        f"training speed   {summary['tokens_per_s']:,.0f} tokens/s (student)",
+        f"teacher shards   {summary['shard_bytes_per_token']:.1f} bytes a token, "
+        f"{summary['unique_ids_per_token']:.1f} unique ids a token",
+        f"wall clock       {summary['wall_s']:.0f} s",
+        f"plot             {summary['plot']}",
+        "",
+    ]
+    for name, texts in summary["samples"].items():
+        lines.append(f"--- {name} ---")
+        lines += [text.rstrip() + "\n" for text in texts[:2]]
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""A run folder: what a run leaves behind, and how it is found and read again.
+
+    experiment.json   the settings of the run, the commit and the versions that it ran with
+    model.json        the model's settings
+    tokenizer.model   the SentencePiece model of its data
+    metrics.jsonl     a line a record; tensorboard/ holds the same
+    checkpoints/N/    params, ema where kept, progress, data
+    result.json       written last: its presence says that the run is finished
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.errors import UserError
+from gemma_jax.files import read_json, write_json
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.settings import differences, to_json
+from gemma_jax.sharding import Layout
+from gemma_jax.training.checkpoint import FOLDER as CHECKPOINTS
+from gemma_jax.training.checkpoint import load_params
+
+RUNS = Path("runs")
+EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
+TOKENIZER = "tokenizer.model"
+
+# What may differ between two starts of one run: it changes how the run is watched or laid out, not
+# what it computes.
+_FREE = ("train.", "mesh.", "model.remat", "model.attn_backend")
+_BOUND = ("train.microbatches", "train.ema_decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready for use."""
+
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+
+
+def claim(folder: Path, experiment: dict[str, Any]) -> None:
+    """Takes a run folder for an experiment, or refuses one that holds another."""
+    path = folder / EXPERIMENT
+    if path.exists():
+        saved = read_json(path, "the settings of a run")["experiment"]
+        for name, here, there in differences(experiment, saved):
+            if name.startswith(_BOUND) or not name.startswith(_FREE):
+                raise UserError(
+                    f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
+                    "the experiment another name, or remove the folder."
+                )
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    write_json(path, {"experiment": experiment, "commit": _commit(), "versions": versions})
+
+
+def _commit() -> str | None:
+    """The commit of the package's checkout, with + where it has changes; None outside of one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    path = folder / RESULT
+    return read_json(path, "the result of a run") if path.exists() else None
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    write_json(folder / RESULT, result)
+
+
+def describe_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    write_json(folder / MODEL, to_json(config))
+    tokenizer.save(folder / TOKENIZER)
+
+
+def load_model(folder: str | Path, *, layout: Layout | None = None) -> LoadedModel:
+    """The model of a run folder, or of one of its checkpoints (`RUN/checkpoints/STEP`).
+
+    Weights are the average where the run kept one. They go where `layout` says, or to the first
+    device.
+    """
+    folder, step = Path(folder), None
+    if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
+        folder, step = folder.parent.parent, int(folder.name)
+    if not (folder / MODEL).exists():
+        raise UserError(
+            f"{folder} is not the folder of a run: it has no {MODEL}; give runs/NAME, or "
+            f"runs/NAME/{CHECKPOINTS}/STEP."
+        )
+    model = Transformer(read_config(folder / MODEL))
+    shapes = model.shapes()
+    if layout is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
+    else:
+        shardings = layout.shardings(model.axes(), shapes)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    params = load_params(folder, like, step)
+    return LoadedModel(model, params, Tokenizer.load(folder / TOKENIZER))
+
+
+def trained_seq_len(folder: str | Path) -> int:
+    """Tokens a sequence that a run (or the run of a checkpoint) was trained with."""
+    folder = Path(folder)
+    folder = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+    settings = read_json(folder / EXPERIMENT, "the settings of a run")
+    return settings["experiment"]["seq_len"]
+
+
+def read_config(path: Path) -> ModelConfig:
+    values = read_json(path, "the settings of a model")
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    values.pop("type", None)
+    if unknown := sorted(values.keys() - known):
+        raise UserError(f"{path} has settings that this version does not know: {unknown}.")
+    return ModelConfig(**values)
+
+
+def params_hash(params: Any) -> str:
+    """SHA-256 over every parameter's path, shape and float32 bytes, in the order of the paths."""
+    digest = hashlib.sha256()
+    for path, value in sorted(
+        (jax.tree_util.keystr(path), value) for path, value in jax.tree.leaves_with_path(params)
+    ):
+        digest.update(f"{path} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(jax.device_get(value), np.float32).data)
+    return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""Settings are frozen dataclasses; this is how they are changed by path, checked and written down."""
+
+import ast
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Union
+
+from gemma_jax.errors import UserError
+
+
+def override[T](settings: T, changes: Mapping[str, Any]) -> T:
+    """`settings` with each dotted path set to its value; types are checked.
+
+    `override(experiment, {"model.attn_pattern": "LG", "optimizer.learning_rate": 3e-4})`. An
+    unknown path names the settings that exist there.
+    """
+    for path, value in changes.items():
+        settings = _set(settings, path.split("."), value, path)
+    return settings
+
+
+def _set(settings: Any, parts: list[str], value: Any, path: str) -> Any:
+    name, *rest = parts
+    if isinstance(settings, dict) and name in settings:
+        return settings | {name: _set(settings[name], rest, value, path) if rest else value}
+    fields = _fields(settings)
+    if name not in fields:
+        where = f"in {type(settings).__name__} at '{path}'" if fields else f"at '{path}'"
+        known = f"; there are: {', '.join(fields)}" if fields else ""
+        raise UserError(f"there is no setting '{name}' {where}{known}.")
+    if rest:
+        value = _set(getattr(settings, name), rest, value, path)
+    else:
+        value = _checked(value, fields[name], path)
+    return dataclasses.replace(settings, **{name: value})
+
+
+def _fields(settings: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(settings):
+        return {}
+    hints = typing.get_type_hints(type(settings))
+    return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
+
+
+def _checked(value: Any, wanted: Any, path: str) -> Any:
+    """`value` if it is of the annotated type (an int where a float is wanted becomes one)."""
+    fits, converted = _fit(value, wanted)
+    if not fits:
+        raise UserError(f"{path}={value!r} is of the wrong type; it must be {_spell(wanted)}.")
+    return converted
+
+
+def _fit(value: Any, wanted: Any) -> tuple[bool, Any]:
+    while isinstance(wanted, typing.TypeAliasType):
+        wanted = wanted.__value__
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (Union, types.UnionType):
+        exact = [x for x in arguments if isinstance(x, type) and type(value) is x]
+        fits = (_fit(value, option) for option in (*exact, *arguments))
+        return next((fit for fit in fits if fit[0]), (False, value))
+    if origin is Literal:
+        return value in arguments, value
+    if origin is tuple and isinstance(value, (tuple, list)):
+        each = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
+        pairs = [_fit(x, y) for x, y in zip(value, each, strict=False)]
+        fits_all = len(each) == len(value) and all(ok for ok, _ in pairs)
+        return fits_all, tuple(x for _, x in pairs)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return True, float(value)
+    if wanted is Any:
+        return True, value
+    if wanted in (int, float) and isinstance(value, bool):
+        return False, value
+    kind = origin or wanted
+    return isinstance(kind, type) and isinstance(value, kind), value
+
+
+def _spell(wanted: Any) -> str:
+    while isinstance(wanted, typing.TypeAliasType):
+        wanted = wanted.__value__
+    if typing.get_origin(wanted) in (Union, types.UnionType):
+        return " or ".join(_spell(option) for option in typing.get_args(wanted))
+    if typing.get_origin(wanted) is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(wanted))
+    if wanted is types.NoneType:
+        return "None"
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted)
+
+
+def parse_assignments(texts: list[str], known: Mapping[str, type]) -> dict[str, Any]:
+    """`["model.attn_pattern=LG", "optimizer=Muon(learning_rate=1e-3)"]` as a dict of values.
+
+    A value is a Python literal, a call of one of the `known` settings classes, or else plain text.
+    """
+    changes = {}
+    for text in texts:
+        path, separator, value = text.partition("=")
+        if not separator or not path.strip():
+            raise UserError(f"'{text}' is not of the form path=value.")
+        changes[path.strip()] = parse_value(value.strip(), known)
+    return changes
+
+
+def parse_value(text: str, known: Mapping[str, type]) -> Any:
+    try:
+        node = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        return text
+    if isinstance(node, ast.Call):
+        return _construct(node, text, known)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return text
+
+
+def _construct(node: ast.expr, text: str, known: Mapping[str, type]) -> Any:
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
+    if name not in known or node.args:
+        raise UserError(
+            f"'{text}' must name one of {', '.join(sorted(known))}, with settings as name=value."
+        )
+    try:
+        values = {str(k.arg): _construct(k.value, text, known) for k in node.keywords}
+        hints = typing.get_type_hints(known[name])
+        for field, value in values.items():
+            if field in hints:
+                values[field] = _checked(value, hints[field], f"{name}.{field}")
+        return known[name](**values)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"'{text}' cannot be made: {error}.") from None
+
+
+def to_json(settings: Any) -> Any:
+    """Settings as plain JSON values; each dataclass says its type."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        values = {f.name: to_json(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+        return {"type": type(settings).__name__, **values}
+    if isinstance(settings, Mapping):
+        return {str(key): to_json(value) for key, value in settings.items()}
+    if isinstance(settings, (tuple, list)):
+        return [to_json(value) for value in settings]
+    return settings
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(path, our value, their value) wherever two `to_json` trees differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found = []
+        for key in sorted(ours.keys() | theirs.keys()):
+            inner = f"{path}.{key}" if path else key
+            found += differences(ours.get(key), theirs.get(key), inner)
+        return found
+    return [] if ours == theirs else [(path, ours, theirs)]

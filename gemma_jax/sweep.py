@@ -1,0 +1,217 @@
+"""Sweeps: named points or a grid over an experiment, seeds paired, finished points skipped."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemma_jax.distill.objective import Distill
+from gemma_jax.errors import UserError
+from gemma_jax.experiment import Experiment, TeacherRun, run
+from gemma_jax.files import write_bytes, write_text
+from gemma_jax.model.cache import cache_bytes
+from gemma_jax.model.config import count_parameters
+from gemma_jax.runs import RUNS
+from gemma_jax.settings import override, to_json
+from gemma_jax.training.metrics import read_metrics
+
+type Row = dict[str, Any]
+_COLUMNS = (
+    *("point", "seed", "bits_per_byte", "loss", "accuracy", "tokens", "tokens_per_s", "wall_s"),
+    *("parameters", "embedding_parameters", "kv_cache_bytes"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Points are changes to `base` by dotted path. Every point runs with every seed.
+
+    The first point is the one that the others are compared with. Run folders are
+    `runs/BASE/POINT/seedN`; the tables and the plot lie in `runs/BASE`.
+    """
+
+    base: Experiment
+    points: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = (0,)
+
+    def __post_init__(self) -> None:
+        if not self.points or not self.seeds:
+            raise UserError("a sweep needs at least one point and one seed.")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds={list(self.seeds)} name a seed twice.")
+        seen: dict[str, str] = {}
+        for point in self.points:
+            settings = str(to_json(dataclasses.replace(self.experiment(point, 0), name="")))
+            if settings in seen:
+                raise UserError(f"points '{seen[settings]}' and '{point}' are equal; drop one.")
+            seen[settings] = point
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.base.name
+
+    def experiment(self, point: str, seed: int) -> Experiment:
+        changed = override(self.base, self.points[point])
+        name = f"{self.base.name}/{point}/seed{seed}"
+        return dataclasses.replace(changed, name=name, seed=seed)
+
+
+def points(
+    base: Experiment, *, seeds: Sequence[int] = (0,), **named: Mapping[str, Any]
+) -> Sweep:
+    """`points(BASE, local={"model.attn_pattern": "L"}, five_to_one={})`."""
+    return Sweep(base, named, seeds)
+
+
+def grid(
+    base: Experiment, axes: Mapping[str, Sequence[Any]], *, seeds: Sequence[int] = (0,)
+) -> Sweep:
+    """Every combination: `grid(BASE, {"model.sliding_window": [128, 256], "seq_len": [512]})`."""
+    named = {}
+    for values in itertools.product(*axes.values()):
+        changes = dict(zip(axes, values, strict=True))
+        parts = (f"{path.rsplit('.', 1)[-1]}={value}" for path, value in changes.items())
+        named[",".join(parts).replace("/", "_")] = changes
+    return Sweep(base, named, seeds)
+
+
+def run_sweep(sweep: Sweep) -> list[Row]:
+    """Runs what is not finished, and writes results.csv, results.md and results.png after each."""
+    rows: list[Row] = []
+    for seed, point in itertools.product(sweep.seeds, sweep.points):
+        experiment = sweep.experiment(point, seed)
+        rows.append(_row(experiment, run(experiment), point))
+        if jax.process_index() == 0:
+            _write(sweep, rows + teacher_rows(sweep))
+    return rows + teacher_rows(sweep)
+
+
+def teacher_rows(sweep: Sweep) -> list[Row]:
+    """A row for each teacher that the sweep has trained."""
+    teachers = {}
+    for point in sweep.points:
+        objective = sweep.experiment(point, sweep.seeds[0]).objective
+        if isinstance(objective, Distill) and isinstance(objective.shards, TeacherRun):
+            teacher = objective.shards.teacher
+            if isinstance(teacher, Experiment) and (teacher.folder / "result.json").exists():
+                teachers[teacher.name] = teacher
+    return [_row(teacher, run(teacher), Path(name).name) for name, teacher in teachers.items()]
+
+
+def _row(experiment: Experiment, result: Mapping[str, Any], point: str) -> Row:
+    count = count_parameters(experiment.model)
+    return {
+        **{name: result.get(name) for name in _COLUMNS},
+        "point": point,
+        "seed": experiment.seed,
+        "parameters": count.total,
+        "embedding_parameters": count.embedding,
+        "kv_cache_bytes": sum(cache_bytes(experiment.model, experiment.seq_len)),
+    }
+
+
+def _write(sweep: Sweep, rows: list[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(sweep.folder / "results.csv", text.getvalue())
+    write_text(sweep.folder / "results.md", markdown(rows))
+    write_bytes(sweep.folder / "results.png", _plot(sweep))
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table with a line for each point: mean and standard deviation over seeds, and the paired
+    difference from the first point with its standard error."""
+    lines = [
+        "| point | seeds | bits/byte | against first | loss | accuracy | tokens/s | parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["point"], []).append(row)
+    first = {row["seed"]: row["bits_per_byte"] for row in next(iter(groups.values()), [])}
+    for place, (point, group) in enumerate(groups.items()):
+        paired = [
+            row["bits_per_byte"] - first[row["seed"]] for row in group if row["seed"] in first
+        ]
+        against = _spread(paired, error=True) if place and len(paired) == len(first) else ""
+        rates = [row["tokens_per_s"] for row in group if row["tokens_per_s"]]
+        lines.append(
+            f"| {point} | {len(group)} | {_spread([r['bits_per_byte'] for r in group])} | {against} "
+            f"| {statistics.mean(r['loss'] for r in group):.4f} "
+            f"| {statistics.mean(r['accuracy'] for r in group):.4f} "
+            f"| {statistics.mean(rates) if rates else 0:,.0f} | {group[0]['parameters']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], *, error: bool = False) -> str:
+    """Mean ± standard deviation, or ± standard error; signed where it is a difference."""
+    mean = statistics.mean(values)
+    text = f"{mean:+.4f}" if error else f"{mean:.4f}"
+    if len(values) == 1:
+        return text
+    deviation = statistics.stdev(values) / (math.sqrt(len(values)) if error else 1)
+    return f"{text} ± {deviation:.4f}"
+
+
+def _plot(sweep: Sweep) -> bytes:
+    """Validation bits/byte over training tokens, a colour a point, a line a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    low, high = math.inf, -math.inf
+    for colour, point in enumerate(sweep.points):
+        for place, seed in enumerate(sweep.seeds):
+            experiment = sweep.experiment(point, seed)
+            records = [r for r in read_metrics(experiment.folder) if "valid/bits_per_byte" in r]
+            if not records:
+                continue
+            x = [record["step"] * experiment.batch_tokens for record in records]
+            y = [record["valid/bits_per_byte"] for record in records]
+            axes.plot(
+                x,
+                y,
+                color=f"C{colour}",
+                marker="o",
+                markersize=3,
+                alpha=1 if place == 0 else 0.5,
+                label=f"{point}: {y[-1]:.3f}" if place == 0 else None,
+            )
+            low, high = min(low, *y), max(high, *y[len(y) // 4 :])
+    for row in teacher_rows(sweep):
+        value = row["bits_per_byte"]
+        axes.axhline(value, color="0.4", linestyle="--", label=f"{row['point']}: {value:.3f}")
+        low = min(low, value)
+    if math.isfinite(low):
+        margin = 0.05 * max(high - low, 0.01)
+        axes.set_ylim(low - margin, high + margin)
+        axes.legend(frameon=False)
+    axes.set(
+        title=f"{sweep.base.name}: held-out text", xlabel="training tokens", ylabel="bits per byte"
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(_tokens_label))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
+
+
+def _tokens_label(value: float, _: int | None = None) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

@@ -1,0 +1,176 @@
+"""What one does with a trained run: score text, continue prompts, let it teach."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_jax import runs
+from gemma_jax.data.packing import packed_sequences
+from gemma_jax.data.tokenizer import BOS, EOS, Tokenizer
+from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
+from gemma_jax.distill.shards import TeacherShards
+from gemma_jax.distill.teacher import Teacher, TeacherJob, write_teacher_shards
+from gemma_jax.distill.verify import verify_teacher_shards
+from gemma_jax.errors import UserError
+from gemma_jax.eval.perplexity import make_evaluation
+from gemma_jax.generation.decode import generate
+from gemma_jax.generation.sampling import Sampling
+from gemma_jax.sharding import Layout, MeshConfig, make_layout
+
+
+def complete(
+    folder: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """The continuation of each prompt by the model of a run folder, without the prompt."""
+    loaded = runs.load_model(folder)
+    ids = [[BOS, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
+    new = generate(
+        loaded.model,
+        loaded.params,
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop_ids=(EOS,),
+    )
+    return [loaded.tokenizer.decode(tokens) for tokens in new]
+
+
+def evaluate(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    sources: tuple[str, ...] = (),
+    text_field: str = "text",
+    seq_len: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Bits per byte, loss, perplexity and accuracy of a run on text (`eval.perplexity`).
+
+    The text is the validation split of the token set `data`, or all of `sources` (files, globs,
+    ...: see `data.corpora`). `seq_len` defaults to that of the run's training.
+    """
+    if (data is None) == (not sources):
+        raise UserError("give either a token set (--data) or text (--source), and not both.")
+    layout = make_layout(MeshConfig())
+    loaded = runs.load_model(folder, layout=layout)
+    length = seq_len or runs.trained_seq_len(folder)
+    context = loaded.model.config.max_seq_len
+    if not 2 <= length <= context:
+        raise UserError(f"seq_len={length} must lie between 2 and the model's context, {context}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        if data is not None:
+            tokens = TokenSet.open(data)
+            check_same_tokenizer(tokens, loaded.tokenizer, f"the run {folder}")
+        else:
+            model_file = Path(scratch) / "tokenizer.model"
+            loaded.tokenizer.save(model_file)
+            corpus = Corpus(
+                path=str(Path(scratch) / "tokens"),
+                sources=sources,
+                tokenizer=str(model_file),
+                text_field=text_field,
+                valid_fraction=0.0,
+            )
+            tokens = build_tokens(corpus)
+        measure = make_evaluation(
+            loaded.model,
+            packed_sequences(tokens, "valid" if data is not None else "train", length, 0),
+            loaded.tokenizer.token_bytes(),
+            layout,
+            batch_size=_multiple(batch_size, layout),
+            show_progress=True,
+        )
+        return measure(loaded.params)
+
+
+def write_shards(
+    job: TeacherJob,
+    folder: str | Path,
+    tokens: TokenSet,
+    *,
+    seq_len: int,
+    num_sequences: int | None = None,
+) -> dict[str, Any]:
+    """Runs the model of a run folder over the training split and writes its targets.
+
+    Returns the manifest of the shards. All of the split is read when `num_sequences` is None.
+    """
+    layout = make_layout(MeshConfig())
+    loaded = runs.load_model(folder, layout=layout)
+    check_same_tokenizer(tokens, loaded.tokenizer, f"the teacher {folder}")
+    context = loaded.model.config.max_seq_len
+    if not 2 <= seq_len <= context:
+        raise UserError(
+            f"seq_len={seq_len} must lie between 2 and the teacher's context, {context}."
+        )
+    if job.batch_size % layout.batch_size_multiple:
+        raise UserError(
+            f"batch_size={job.batch_size} of the teacher does not divide by the "
+            f"{layout.batch_size_multiple} devices; choose a multiple."
+        )
+    sequences = packed_sequences(tokens, "train", seq_len, job.seed)
+    with layout.active():
+        return write_teacher_shards(
+            _teacher(job, loaded, layout),
+            sequences,
+            num_sequences=num_sequences or len(sequences),
+            seq_len=seq_len,
+            vocab_size=loaded.tokenizer.vocab_size,
+            teacher_hash=runs.params_hash(loaded.params),
+            tokenizer_hash=loaded.tokenizer.hash,
+        )
+
+
+def verify_shards(
+    path: str | Path, folder: str | Path | None = None, sample: int = 16
+) -> dict[str, Any]:
+    """Reads all shards again and checks them; with the teacher's run folder, draws a sample of
+    records anew and compares (`distill.verify`)."""
+    if folder is None:
+        return verify_teacher_shards(path)
+    manifest = TeacherShards.open(path).manifest
+    layout = make_layout(MeshConfig())
+    loaded = runs.load_model(folder, layout=layout)
+    if runs.params_hash(loaded.params) != manifest["teacher_hash"]:
+        raise UserError(
+            f"{folder} is not the teacher of {path}: its weights have another hash; give the run "
+            "that wrote the shards."
+        )
+    job = TeacherJob(
+        path=str(path), draws=manifest["draws"], method=manifest["method"], seed=manifest["seed"]
+    )
+    with layout.active():
+        teacher = _teacher(job, loaded, layout)
+        return verify_teacher_shards(path, recompute=teacher, sample=sample)
+
+
+def check_same_tokenizer(tokens: TokenSet, tokenizer: Tokenizer, owner: str) -> None:
+    if tokens.tokenizer.hash != tokenizer.hash:
+        raise UserError(
+            f"the token set {tokens.path} was made with another tokenizer "
+            f"({tokens.tokenizer.hash[:12]}) than {owner} ({tokenizer.hash[:12]}); build it anew "
+            "with that tokenizer's model file."
+        )
+
+
+def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teacher:
+    return Teacher(
+        job,
+        params=loaded.params,
+        hidden_fn=loaded.model.hidden,
+        embedding_fn=loaded.model.output_embedding,
+        softcap=loaded.model.config.final_softcap,
+        batch_sharding=layout.batch_sharding(),
+    )
+
+
+def _multiple(batch_size: int, layout: Layout) -> int:
+    """The next batch size that the devices can share."""
+    return -(-batch_size // layout.batch_size_multiple) * layout.batch_size_multiple

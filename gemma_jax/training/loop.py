@@ -1,0 +1,279 @@
+"""The one training loop. Pretraining, distillation and tuning differ in what they hand to it."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from gemma_jax.errors import Interrupted, UserError, require_fractions, require_positive
+from gemma_jax.progress import progress
+from gemma_jax.sharding import Layout
+from gemma_jax.training.checkpoint import Checkpoints
+from gemma_jax.training.metrics import MetricsLog, median, peak_flops, read_metrics
+from gemma_jax.training.objective import Objective
+from gemma_jax.training.optim import Optimizer
+from gemma_jax.training.step import TrainState, init_state, make_step, state_shardings
+
+type Evaluate = Callable[[Any], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How a run is watched and kept. Intervals are in steps."""
+
+    log_every: int = 10
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_best: int = 1
+    microbatches: int = 1
+    ema_decay: float | None = None
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "log_every", "eval_every", "checkpoint_every")
+        require_positive(self, "keep_last", "microbatches")
+        require_positive(self, "keep_best", allow_zero=True)
+        require_fractions(self, "ema_decay")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run, with all its parts in hand. `batches` yields this host's rows of each batch."""
+
+    name: str
+    folder: Path
+    config: LoopConfig
+    layout: Layout
+    init_params: Callable[[], Any]
+    axes: Any
+    objective: Objective
+    optimizer: Optimizer
+    batches: grain.IterDataset
+    num_steps: int
+    tokens_per_step: int
+    flops_per_token: int
+    evaluate: Evaluate
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The end of a run: its weights (the average where one is kept) and its last measurements."""
+
+    params: Any
+    metrics: dict[str, float]
+
+
+def train(job: Job) -> Trained:
+    """Trains to `num_steps`, from the last checkpoint of the folder where there is one.
+
+    Ctrl-C or SIGTERM: finishes the step, saves, raises `Interrupted`. A resumed run repeats the
+    numbers of an uninterrupted one.
+    """
+    with job.layout.active(), contextlib.ExitStack() as stack:
+        optimizer = job.optimizer.build(job.axes, job.num_steps)
+        ema = job.config.ema_decay is not None
+
+        def fresh() -> TrainState:
+            return init_state(job.init_params(), optimizer, ema=ema)
+
+        shapes = jax.eval_shape(fresh)
+        shardings = state_shardings(job.layout, job.axes, shapes)
+        checkpoints = Checkpoints(
+            job.folder, keep_last=job.config.keep_last, keep_best=job.config.keep_best
+        )
+        stack.callback(checkpoints.close)
+        batches = iter(job.batches)
+        start = checkpoints.latest_step() or 0
+        if start:
+            like = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+            )
+            state = checkpoints.restore(start, like, batches)
+        else:
+            state = jax.jit(fresh, out_shardings=shardings)()
+
+        step = jax.jit(
+            make_step(
+                job.objective,
+                optimizer,
+                microbatches=job.config.microbatches,
+                ema_decay=job.config.ema_decay,
+                seed=job.seed,
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        if start < job.num_steps:
+            log = MetricsLog(
+                job.folder, start, wandb_project=job.config.wandb_project, name=job.name
+            )
+            stack.callback(log.close)
+            state = _run(job, state, start, batches, step, checkpoints, log)
+        records = read_metrics(job.folder)
+        return Trained(state.ema if ema else state.params, _summary(records))
+
+
+def _run(
+    job: Job,
+    state: TrainState,
+    start: int,
+    batches: grain.DatasetIterator,
+    step: Callable,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+) -> TrainState:
+    config = job.config
+    schedule = job.optimizer.schedule.build(job.optimizer.learning_rate, job.num_steps)
+    clock = _Clock(job)
+    with (
+        progress(job.name, job.num_steps, start=start) as advance,
+        _stop_requests() as stop_requested,
+    ):
+        for done in range(start + 1, job.num_steps + 1):
+            batch = clock.wait_for(batches)
+            state, metrics = step(state, _place(batch, job.layout))
+            last = done == job.num_steps
+            clock.step_done(metrics)
+
+            values: dict[str, float | None] = {}
+            if done % config.log_every == 0 or last:
+                values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+                _check_finite(values, done, checkpoints)
+                values["learning_rate"] = float(schedule(done - 1))
+                values |= clock.speed()
+            if done % config.eval_every == 0 or last:
+                params = state.ema if config.ema_decay is not None else state.params
+                evaluation = job.evaluate(params)
+                values |= {f"valid/{name}": value for name, value in evaluation.items()}
+                clock.restart()
+            if values:
+                log.write(done, values)
+            stopping = stop_requested() and not last
+            if done % config.checkpoint_every == 0 or last or stopping:
+                known = {name: x for name, x in values.items() if x is not None}
+                checkpoints.save(state, batches, known)
+                clock.restart()
+            advance(1, _note(values) if values else "")
+            if stopping:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"{job.name} stopped at step {done} of {job.num_steps} and is saved; "
+                    "the same command goes on from there."
+                )
+        checkpoints.wait()
+    return state
+
+
+def _place(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
+    """This host's rows as arrays of the global batch."""
+    sharding = layout.batch_sharding()
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+class _Clock:
+    """Tokens a second, MFU and the share of time spent waiting for data, since the last report.
+
+    The first step (compilation), evaluation and checkpoints are left out.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._first = True
+        self.restart()
+
+    def restart(self) -> None:
+        self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def wait_for(self, batches: grain.DatasetIterator) -> dict[str, np.ndarray]:
+        began = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - began
+        return batch
+
+    def step_done(self, metrics: Any) -> None:
+        self._steps += 1
+        if self._first:
+            jax.block_until_ready(metrics)
+            self._first = False
+            self.restart()
+
+    def speed(self) -> dict[str, float | None]:
+        """To be called when the last step's numbers have arrived from the device."""
+        seconds, steps, waited = time.perf_counter() - self._began, self._steps, self._waited
+        self.restart()
+        if not steps:
+            return {}
+        rate = steps * self._job.tokens_per_step / seconds
+        peak = peak_flops(self._job.layout.mesh.devices.flat[0])
+        mfu = None
+        if peak is not None:
+            mfu = rate * self._job.flops_per_token / (peak * self._job.layout.mesh.size)
+        return {"tokens_per_s": rate, "mfu": mfu, "data_wait": waited / seconds}
+
+
+def _check_finite(values: dict[str, Any], step: int, checkpoints: Checkpoints) -> None:
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+        return
+    checkpoints.wait()
+    raise UserError(
+        f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step}; "
+        f"the last checkpoint is of step {checkpoints.latest_step() or 0}. Lower "
+        "optimizer.learning_rate, or set optimizer.clip_norm."
+    )
+
+
+def _note(values: dict[str, Any]) -> str:
+    parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
+    if "valid/bits_per_byte" in values:
+        parts.append(f"valid {values['valid/bits_per_byte']:.3f} bits/byte")
+    if values.get("tokens_per_s"):
+        parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def _summary(records: list[dict[str, float]]) -> dict[str, float]:
+    """The last value of each metric; speeds as the median over the run."""
+    summary: dict[str, float] = {}
+    for record in records:
+        summary |= record
+    for name in ("tokens_per_s", "mfu", "data_wait"):
+        value = median(records, name)
+        if value is not None:
+            summary[name] = value
+    return summary
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as it always does."""
+    requested = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: Any) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""Metrics of a run: one JSON line a record always, TensorBoard always, Weights & Biases on request."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+from gemma_jax.errors import UserError
+from gemma_jax.files import disk_errors, write_text
+
+FILE = "metrics.jsonl"
+
+# Dense bf16 FLOP/s of one device, from the vendors' data sheets. The key is a part of
+# `device_kind` in lower case; the first that matches counts.
+PEAK_FLOPS = {
+    "h200": 989e12,
+    "h100": 989e12,
+    "a100": 312e12,
+    "v6 lite": 918e12,
+    "v6e": 918e12,
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v5p": 459e12,
+    "v5": 459e12,
+    "v4": 275e12,
+}
+
+
+def peak_flops(device: Any = None) -> float | None:
+    """bf16 FLOP/s of one device, None where it is not in the table (every CPU)."""
+    device = jax.devices()[0] if device is None else device
+    name = device.device_kind.lower()
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """The records of a run, in order; a line cut off by a crash is left out."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def median(records: list[dict[str, float]], name: str) -> float | None:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+class MetricsLog:
+    """Appends records to a run folder. Records after `start_step` are dropped when it opens: the
+    steps behind them will be done again."""
+
+    def __init__(
+        self, folder: Path, start_step: int, *, wandb_project: str | None, name: str
+    ) -> None:
+        kept = [record for record in read_metrics(folder) if record["step"] <= start_step]
+        write_text(folder / FILE, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = (folder / FILE).open("a")
+        board = str(folder / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=start_step + 1, flush_secs=20)
+        self._wandb = _start_wandb(wandb_project, name) if wandb_project else None
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        with disk_errors(self._file.name):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"train.wandb_project={project!r} needs Weights & Biases: install the extra 'wandb', "
+            "or leave the setting out."
+        ) from None
+    return wandb.init(project=project, name=name, resume="allow")

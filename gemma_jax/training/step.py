@@ -1,0 +1,109 @@
+"""One optimizer step, whatever the objective."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from gemma_jax.sharding import Layout
+from gemma_jax.training.objective import Batch, Objective, Sums
+
+type Metrics = dict[str, jax.Array]
+type Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32: optimizer steps done
+    params: Any
+    opt_state: Any
+    ema: Any  # average of the parameters, or None
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+
+def state_shardings(layout: Layout, axes: Any, state: TrainState) -> TrainState:
+    """Where each part of a state (arrays or shapes) lives: moments and average as their parameter."""
+    params = layout.shardings(axes, state.params)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state.params)
+    paths = {path: leaf.shape for path, leaf in leaves}
+    shardings = dict(zip(paths, jax.tree.leaves(params), strict=True))
+    whole = layout.replicated()
+
+    def follow(path: tuple, leaf: jax.Array) -> NamedSharding:
+        """An optimizer keeps its moments in trees like the parameters': the path ends alike."""
+        for start in range(len(path)):
+            if paths.get(path[start:]) == leaf.shape:
+                return shardings[path[start:]]
+        return whole
+
+    opt_state = jax.tree_util.tree_map_with_path(follow, state.opt_state)
+    return TrainState(whole, params, opt_state, None if state.ema is None else params)
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    ema_decay: float | None = None,
+    seed: int = 0,
+) -> Step:
+    """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    The gradient is that of the mean loss over the batch's weight, however many microbatches it is
+    computed in. Random numbers depend on the seed and the step alone. Metrics are float32 scalars:
+    the objective's means, `grad_norm`, `param_norm` and `update_norm`.
+    """
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+
+    def gradients(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
+        if microbatches == 1:
+            (_, sums), grads = value_and_grad(params, batch, rng)
+            return grads, sums
+
+        # Microbatch i takes rows i, i + k, ...: each device keeps its own rows.
+        def split(x: jax.Array) -> jax.Array:
+            rows = x.shape[0] // microbatches
+            return jnp.moveaxis(x.reshape(rows, microbatches, *x.shape[1:]), 1, 0)
+
+        def add(carry: tuple, part: tuple) -> tuple:
+            (_, sums), grads = value_and_grad(params, *part)
+            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+        parts = (jax.tree.map(split, batch), jax.random.split(rng, microbatches))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda *part: value_and_grad(params, *part), *first)
+        (_, sums), grads = shapes
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
+        (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+        return grads, sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, sums = gradients(state.params, batch, rng)
+        weight = jnp.maximum(sums["loss"][1], 1.0)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer and float scalars
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = optax.incremental_update(params, ema, 1 - ema_decay)
+        metrics = means(sums) | {
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "update_norm": optax.global_norm(updates),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return step
+
+
+def means(sums: Sums) -> Metrics:
+    return {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
