@@ -29,7 +29,7 @@ _TEXT_SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
         *("txt", "text", "md", "rst", "tex", "org", "adoc", "html", "htm", "xml", "srt", "log"),
-        *("py", "pyi", "ipynb", "c", "h", "cc", "cpp", "hpp", "cu", "rs", "go", "java", "kt"),
+        *("py", "pyi", "c", "h", "cc", "cpp", "hpp", "cu", "rs", "go", "java", "kt"),
         *("scala", "js", "ts", "jsx", "tsx", "css", "sh", "sql", "r", "jl", "lua", "pl", "rb"),
         *("php", "swift", "hs", "ml", "el", "lisp", "csv", "tsv", "toml", "yaml", "yml", "ini"),
     )

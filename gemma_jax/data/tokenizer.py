@@ -33,8 +33,8 @@ _CONTROL_PIECES = (  # ids 4 to 106, in order
     "<start_of_turn>",
     "<end_of_turn>",
 )
-# Runs of newlines and tabs are pieces of their own: the trainer sees single lines without tabs,
-# so no other piece holds either character, and a text may be cut after such a run.
+# Runs of newlines and tabs: no other piece holds either character, as the trainer sees single
+# lines without tabs, so a text may be cut after such a run.
 _WHITESPACE_PIECES = (*("\n" * n for n in range(1, 5)), *("\t" * n for n in range(1, 5)))
 _SPACE = "\u2581"  # SentencePiece's stand-in for the space
 _CUT_CHARS = 1 << 16  # BPE takes memory in proportion to what it sees at once
@@ -147,7 +147,7 @@ class Tokenizer:
             encoded = iter(self._processor.encode(fragments, num_threads=threads))
         results = []
         for plan in plans:
-            if len(plan) == 1 and plan[0] is None:
+            if plan == [None]:
                 results.append(next(encoded))
                 continue
             ids: list[int] = []
@@ -207,10 +207,11 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: str | P
     Raises:
       UserError: if the vocabulary is too large or too small for the sample.
     """
+    sample = _sample(texts, config)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(_sample(texts, config)),
+            sentence_iterator=_lines(sample),
             model_writer=model,
             model_type="bpe",
             vocab_size=config.vocab_size,
@@ -260,8 +261,7 @@ def _training_error(message: str, config: TokenizerConfig) -> Exception:
 
 def _sample(texts: Iterable[str], config: TokenizerConfig) -> list[str]:
     """The documents with the smallest hashes that fill `sample_bytes`, in the order of hashes."""
-    heap: list[tuple[int, int, str]] = []
-    held = 0
+    heap, held = list[tuple[int, int, str]](), 0
     key = config.seed.to_bytes(8, "little", signed=True)
     for text in texts:
         data = text.encode()
@@ -290,8 +290,7 @@ def _cut_named(text: str, named: re.Pattern[str]) -> list[str]:
 
 def _cut_long(text: str) -> list[str]:
     """Cuts a long text where no piece can reach across, so that the ids do not change by it."""
-    pieces = []
-    start = 0
+    pieces, start = [], 0
     while len(text) - start > _CUT_CHARS:
         found = _CUT_PLACE.search(text, start + _CUT_CHARS, start + 2 * _CUT_CHARS)
         end = found.start() if found else min(start + 2 * _CUT_CHARS, len(text))

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from gemma_jax.data import tokenizer as tokenizer_module
 from gemma_jax.data.tokenizer import (
@@ -24,7 +25,7 @@ TEXTS = [
     for i in range(40)
     for word in ("quick", "brown", "fox", "jumps", "over", "lazy", "dog")
 ]
-CONFIG = TokenizerConfig(vocab_size=600)
+CONFIG = TokenizerConfig(vocab_size=500)
 
 NASTY = [
     "",
@@ -97,7 +98,7 @@ def test_batches_on_threads_equal_single_texts(tokenizer: Tokenizer) -> None:
 
 def test_ids_lie_in_gemmas_places(tokenizer: Tokenizer) -> None:
     processor = tokenizer._processor
-    assert tokenizer.vocab_size == 600
+    assert tokenizer.vocab_size == 500
     assert (PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN) == (0, 1, 2, 3, 105, 106)
     names = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 6: "<unused0>"}
     names |= {105: "<start_of_turn>", 106: "<end_of_turn>", 107: "\n", 108: "\n\n"}
@@ -146,3 +147,42 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path) -> None:
     (tmp_path / "bad.model").write_bytes(b"something else")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer.load(tmp_path / "bad.model")
+
+
+def test_a_model_that_matches_turn_names_in_text_is_tamed(tmp_path) -> None:
+    """As Gemma's own model does, whose turn pieces are matched wherever they stand."""
+    names = ["<start_of_turn>", "<end_of_turn>"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "m"),
+        model_type="bpe",
+        vocab_size=480,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        control_symbols=[f"<unused{n}>" for n in range(101)],
+        user_defined_symbols=names,
+        minloglevel=3,
+    )
+    tamed = Tokenizer.load(tmp_path / "m.model")
+    assert tamed._processor.encode(names[0]) == [START_OF_TURN]
+    assert tamed.token_bytes()[[START_OF_TURN, END_OF_TURN]].sum() == 0
+    for text in NASTY:
+        check_round_trip(tamed, text)
+
+
+def test_a_model_that_changes_text_is_refused(tmp_path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    with pytest.raises(UserError, match="changes text"):
+        Tokenizer.load(tmp_path / "m.model")
