@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--batch-size", type=int, default=8, help="sequences a batch")
     one.add_argument("--num-sequences", type=int, help="all of the training split by default")
 
-    one = verb("teacher-verify", _teacher_verify, "Read shards again from end to end and check them.")
+    one = verb(
+        "teacher-verify", _teacher_verify, "Read shards again from end to end and check them."
+    )
     one.add_argument("path", help="folder of the shards")
     one.add_argument("--checkpoint", help="the teacher's run, to recompute a sample of records")
     one.add_argument("--sample", type=int, default=16, help="records to recompute")
@@ -274,8 +276,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from gemma_jax.trained import complete
     from gemma_jax.generation.sampling import Sampling
+    from gemma_jax.trained import complete
 
     sampling = Sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p

@@ -32,6 +32,7 @@ from gemma_jax.training.loop import Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Several corpora in stages: `Stage(until=0.8, weights={"a": 0.7, "b": 0.3})` and so on.
@@ -243,9 +244,7 @@ def _batches(
                 f"the teacher shards {shards.path} hold sequences of {shards.seq_len} tokens and "
                 f"seq_len={experiment.seq_len}; set seq_len={shards.seq_len}."
             )
-        return shard_stream(
-            shards, batch_size=experiment.batch_size, seed=experiment.seed, **host
-        )
+        return shard_stream(shards, batch_size=experiment.batch_size, seed=experiment.seed, **host)
     mixed = isinstance(experiment.data, Mixture)
     stages = experiment.data.stages if mixed else (Stage(until=1.0, weights={"data": 1.0}),)
     return train_stream(
@@ -269,7 +268,6 @@ def _valid_sequences(
             if i == limit:
                 break
             yield sequence
-
 
 
 # What a setting can be made of on the command line: `--set "optimizer=Muon(learning_rate=1e-3)"`.

@@ -51,5 +51,7 @@ def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> d
         takes = ", ".join(f"{name}={value!r}" for name, value in known.items()) or "none"
         raise UserError(f"{path} takes no argument {unknown[0]!r}; it takes: {takes}.")
     if "BASE" not in defined and "SWEEP" not in defined:
-        raise UserError(f"{path} defines neither BASE (an Experiment) nor SWEEP (points or a grid).")
+        raise UserError(
+            f"{path} defines neither BASE (an Experiment) nor SWEEP (points or a grid)."
+        )
     return defined

@@ -21,9 +21,7 @@ Advance = Callable[..., None]
 
 
 @contextmanager
-def progress(
-    label: str, total: int, *, start: int = 0, quiet: bool = False
-) -> Iterator[Advance]:
+def progress(label: str, total: int, *, start: int = 0, quiet: bool = False) -> Iterator[Advance]:
     """Yields `advance(n, note="")`, to be called with the units done since the last call.
 
     `start` units were done by an earlier run and do not count towards the speed. Everything goes
@@ -63,6 +61,10 @@ def progress(
         logged = now
         left = (now - began) / max(done - start, 1) * max(total - done, 0)
         share = 100 * done / max(total, 1)
-        print(f"{label}: {share:.0f} %, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
+        print(
+            f"{label}: {share:.0f} %, {left:.0f} s left  {note}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
 
     yield report

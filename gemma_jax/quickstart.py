@@ -16,7 +16,7 @@ from gemma_jax.experiment import TeacherRun
 from gemma_jax.files import write_json
 from gemma_jax.generation.decode import generate
 from gemma_jax.generation.sampling import Sampling
-from gemma_jax.runs import load_model
+from gemma_jax.runs import load_model, read_result
 from gemma_jax.sweep import Sweep, run_sweep
 
 FILE = Path(__file__).parent.parent / "experiments" / "quickstart.py"
@@ -31,32 +31,31 @@ def quickstart(sweep: Sweep) -> dict[str, Any]:
     earlier, interrupted one is not counted).
     """
     began = time.time()
-    teacher, shards_job = _teacher(sweep)
-    rows = {row["point"]: row for row in run_sweep(sweep) if row["seed"] == sweep.seeds[0]}
-    rows |= {row["point"]: row for row in run_sweep(sweep) if row["point"] == Path(teacher).name}
-    shards = TeacherShards.open(shards_job.path)
-    tokens = shards.manifest["num_tokens"]
+    teacher, job = _teacher(sweep)
     seed = sweep.seeds[0]
-    names = {"teacher": teacher} | {
-        point: sweep.experiment(point, seed).folder for point in ("scratch", "distilled")
+    folders = {
+        "teacher": teacher,
+        "scratch": sweep.experiment("scratch", seed).folder,
+        "distilled": sweep.experiment("distilled", seed).folder,
     }
+    run_sweep(sweep)
+    results = {name: read_result(folder) or {} for name, folder in folders.items()}
+    shards = TeacherShards.open(job.path).manifest
+    tokens = shards["num_tokens"]
     summary = {
-        "bits_per_byte": {
-            name: rows[Path(teacher).name if name == "teacher" else name]["bits_per_byte"]
-            for name in names
-        },
-        "shard_bytes_per_token": shards.manifest["num_bytes"] / tokens,
-        "unique_ids_per_token": shards.manifest["num_targets"] / tokens,
-        "tokens_per_s": rows["scratch"]["tokens_per_s"],
+        "bits_per_byte": {name: result["bits_per_byte"] for name, result in results.items()},
+        "shard_bytes_per_token": shards["bytes"] / tokens,
+        "unique_ids_per_token": shards["unique_ids"] / tokens,
+        "tokens_per_s": results["scratch"]["tokens_per_s"],
         "wall_s": round(time.time() - began, 1),
         "plot": str(sweep.folder / "results.png"),
-        "samples": {name: samples(folder) for name, folder in names.items()},
+        "samples": {name: samples(folder) for name, folder in folders.items()},
     }
     write_json(sweep.folder / "summary.json", summary)
     return summary
 
 
-def _teacher(sweep: Sweep) -> tuple[str, TeacherRun]:
+def _teacher(sweep: Sweep) -> tuple[Path, TeacherRun]:
     if not {"scratch", "distilled"} <= set(sweep.points):
         raise UserError(
             f"the sweep has points {sorted(sweep.points)}; a quickstart needs 'scratch' and "
@@ -68,7 +67,7 @@ def _teacher(sweep: Sweep) -> tuple[str, TeacherRun]:
             "the point 'distilled' must have objective=Distill(shards=TeacherRun(...))."
         )
     teacher = objective.shards.teacher
-    return str(teacher if isinstance(teacher, str) else teacher.folder), objective.shards
+    return Path(teacher) if isinstance(teacher, str) else teacher.folder, objective.shards
 
 
 def samples(folder: str | Path, prompts: tuple[str, ...] = _PROMPTS) -> list[str]:
@@ -83,7 +82,8 @@ def samples(folder: str | Path, prompts: tuple[str, ...] = _PROMPTS) -> list[str
         sampling=Sampling(temperature=0.7, top_k=40),
     )
     return [
-        prompt + loaded.tokenizer.decode(tokens) for prompt, tokens in zip(prompts, new, strict=True)
+        prompt + loaded.tokenizer.decode(tokens)
+        for prompt, tokens in zip(prompts, new, strict=True)
     ]
 
 

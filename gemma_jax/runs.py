@@ -1,11 +1,11 @@
 """A run folder: what a run leaves behind, and how it is found and read again.
 
-    experiment.json   the settings of the run, the commit and the versions that it ran with
-    model.json        the model's settings
-    tokenizer.model   the SentencePiece model of its data
-    metrics.jsonl     a line a record; tensorboard/ holds the same
-    checkpoints/N/    params, ema where kept, progress, data
-    result.json       written last: its presence says that the run is finished
+experiment.json   the settings of the run, the commit and the versions that it ran with
+model.json        the model's settings
+tokenizer.model   the SentencePiece model of its data
+metrics.jsonl     a line a record; tensorboard/ holds the same
+checkpoints/N/    params, ema where kept, progress, data
+result.json       written last: its presence says that the run is finished
 """
 
 import dataclasses

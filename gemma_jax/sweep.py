@@ -63,9 +63,7 @@ class Sweep:
         return dataclasses.replace(changed, name=name, seed=seed)
 
 
-def points(
-    base: Experiment, *, seeds: Sequence[int] = (0,), **named: Mapping[str, Any]
-) -> Sweep:
+def points(base: Experiment, *, seeds: Sequence[int] = (0,), **named: Mapping[str, Any]) -> Sweep:
     """`points(BASE, local={"model.attn_pattern": "L"}, five_to_one={})`."""
     return Sweep(base, named, seeds)
 

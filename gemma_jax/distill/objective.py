@@ -45,9 +45,7 @@ class Distill:
             ids = jnp.concatenate([batch["labels"][..., None], batch["target_ids"]], axis=-1)
             hard = self.hard_weight * mask[..., None]
             weights = jnp.concatenate([hard, (1 - self.hard_weight) * soft], axis=-1)
-            hidden = model.hidden(
-                params, batch["tokens"], batch["positions"], batch["segment_ids"]
-            )
+            hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"])
             loss, stats = vocab_loss(
                 hidden,
                 model.output_embedding(params),

@@ -161,6 +161,10 @@ class TeacherShards:
             )
 
     @property
+    def seq_len(self) -> int:
+        return int(self.manifest["seq_len"])
+
+    @property
     def max_targets(self) -> int:
         """M, the largest number of distinct ids at any position."""
         return max(self.manifest["max_targets"], 1)

@@ -62,9 +62,7 @@ def make_evaluation(
         size = mask * sizes[labels]
         hit = (label_logit >= stats.max_logit).astype(mask.dtype)
         text = (size > 0).astype(mask.dtype)
-        return _Totals(
-            nats.sum(), (nats * text).sum(), (mask * hit).sum(), mask.sum(), size.sum()
-        )
+        return _Totals(nats.sum(), (nats * text).sum(), (mask * hit).sum(), mask.sum(), size.sum())
 
     def evaluate(params: Any) -> dict[str, float]:
         with layout.active():

@@ -82,7 +82,7 @@ def _banded(
     if spec.window is None:
         return _causal_blocks(q, k, v, spec, softcap)
     block = spec.window * math.ceil(_MIN_BLOCK / spec.window)
-    if T <= 2 * block:
+    if 2 * block >= T:
         return _causal_blocks(q, k, v, spec, softcap)
     return _window_blocks(q, k, v, spec, softcap, block)
 

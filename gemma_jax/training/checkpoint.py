@@ -52,9 +52,7 @@ class Checkpoints:
         """Starts to write; the arrays are copied off the device before this returns."""
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
-            "progress": ocp.args.StandardSave(
-                {"step": state.step, "opt_state": state.opt_state}
-            ),
+            "progress": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             "data": grain.checkpoint.CheckpointSave(batches),
         }
         if state.ema is not None:
@@ -63,15 +61,11 @@ class Checkpoints:
         with disk_errors(self._folder):
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=best)
 
-    def restore(
-        self, step: int, like: TrainState, batches: grain.DatasetIterator
-    ) -> TrainState:
+    def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The state at `step`, laid out as `like` (shapes with shardings); moves `batches` there."""
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(like.params),
-            "progress": ocp.args.StandardRestore(
-                {"step": like.step, "opt_state": like.opt_state}
-            ),
+            "progress": ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
             "data": grain.checkpoint.CheckpointRestore(batches),
         }
         if like.ema is not None:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from gemma_jax.ops.vocab_loss import vocab_loss
 
-
 type Batch = Mapping[str, jax.Array]
 type Sums = dict[str, tuple[jax.Array, jax.Array]]  # (total, weight)
 type Objective = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Sums]]
@@ -41,9 +40,7 @@ class Xent:
 
         def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
             mask = batch["loss_mask"]
-            hidden = model.hidden(
-                params, batch["tokens"], batch["positions"], batch["segment_ids"]
-            )
+            hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"])
             loss, stats = vocab_loss(
                 hidden,
                 model.output_embedding(params),

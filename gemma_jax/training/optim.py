@@ -176,4 +176,3 @@ def _clipped(
 
 def _warmup_steps(fraction: float, steps: int) -> int:
     return max(1, min(round(fraction * steps), steps - 1))
-

@@ -84,7 +84,9 @@ def test_extreme_logits_stay_finite():
 def test_bfloat16_is_close_and_keeps_its_types():
     hidden, embedding, ids, weights = inputs()
     loss64, d_hidden64, d_embedding64, *_ = float64_oracle(*inputs(), 0.0, None)
-    run = jax.value_and_grad(lambda h, e: vocab_loss(h, e, jnp.asarray(ids), jnp.float32(weights))[0], (0, 1))
+    run = jax.value_and_grad(
+        lambda h, e: vocab_loss(h, e, jnp.asarray(ids), jnp.float32(weights))[0], (0, 1)
+    )
     loss, (d_hidden, d_embedding) = run(jnp.bfloat16(hidden), jnp.float32(embedding))
     assert d_hidden.dtype == jnp.bfloat16
     assert d_embedding.dtype == jnp.float32
