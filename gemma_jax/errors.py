@@ -34,4 +34,4 @@ def require_fractions(settings: Any, *names: str) -> None:
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Work stopped on request (Ctrl-C, SIGTERM) with everything saved; the message says how to go on."""
+    """Work stopped on request (Ctrl-C, SIGTERM), all saved; the message says how to go on."""

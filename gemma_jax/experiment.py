@@ -193,13 +193,16 @@ def prepare_shards(job: TeacherJob | str) -> TeacherShards:
         return TeacherShards.open(job.path)
     if isinstance(job.teacher, Experiment):
         run(job.teacher)
-        folder, data, seq_len = job.teacher.folder, job.teacher.data, job.teacher.seq_len
+        folder: Path = job.teacher.folder
+        data: Corpus | Mixture | str | None
+        seq_len: int | None
+        data, seq_len = job.data or job.teacher.data, job.seq_len or job.teacher.seq_len
     else:
-        folder, data, seq_len = Path(job.teacher), job.data, job.seq_len or 0
-    data, seq_len = job.data or data, job.seq_len or seq_len
+        folder, data, seq_len = Path(job.teacher), job.data, job.seq_len
     if not isinstance(data, (Corpus, str)) or not seq_len:
         raise UserError(
-            f"the shards at {job.path} need data (one corpus) and seq_len beside the teacher {folder}."
+            f"the shards at {job.path} need data (one corpus) and seq_len beside the teacher "
+            f"{folder}."
         )
     trained.write_shards(
         job, folder, open_tokens(data), seq_len=seq_len, num_sequences=job.num_sequences
@@ -219,7 +222,7 @@ def _token_sets(data: Corpus | Mixture | str) -> dict[str, TokenSet]:
         raise UserError("data.sources is empty; a mixture needs at least one corpus.")
     sets = {name: open_tokens(source) for name, source in data.sources.items()}
     first = next(iter(data.sources))
-    for name, tokens in sets.items():
+    for tokens in sets.values():
         trained.check_same_tokenizer(tokens, sets[first].tokenizer, f"source '{first}'")
     return sets
 
@@ -245,8 +248,9 @@ def _batches(
                 f"seq_len={experiment.seq_len}; set seq_len={shards.seq_len}."
             )
         return shard_stream(shards, batch_size=experiment.batch_size, seed=experiment.seed, **host)
-    mixed = isinstance(experiment.data, Mixture)
-    stages = experiment.data.stages if mixed else (Stage(until=1.0, weights={"data": 1.0}),)
+    data = experiment.data
+    whole = (Stage(until=1.0, weights={"data": 1.0}),)
+    stages = data.stages if isinstance(data, Mixture) else whole
     return train_stream(
         sources,
         stages,

@@ -29,7 +29,7 @@ def argument[T](name: str, default: T) -> T:
         raise UserError(
             f"--arg {name}={value!r} must be a {type(default).__name__}, such as {default!r}."
         )
-    return value  # type: ignore[return-value]
+    return value
 
 
 def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:

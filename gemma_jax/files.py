@@ -23,7 +23,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         causes = {
             errno.ENOSPC: "the disk is full; free some space and run the same command again",
-            errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+            errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.EACCES: "permission is denied; choose a folder that you may write to",
             errno.ENOTDIR: "a part of that path is a file; choose another folder",
@@ -34,7 +34,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Writes `content` to `path` so that a reader sees the old or the new file, never a part."""
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,14 +53,21 @@ def claim(folder: Path, experiment: dict[str, Any]) -> None:
     if path.exists():
         saved = read_json(path, "the settings of a run")["experiment"]
         for name, here, there in differences(experiment, saved):
-            if name.startswith(_BOUND) or not name.startswith(_FREE):
+            if not _is_free(name):
                 raise UserError(
                     f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
                     "the experiment another name, or remove the folder."
                 )
+        return
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     versions = {name: importlib.metadata.version(name) for name in names}
     write_json(path, {"experiment": experiment, "commit": _commit(), "versions": versions})
+
+
+def _is_free(path: str) -> bool:
+    """Whether a setting, the run's own or that of a teacher inside it, may differ."""
+    own = path.removeprefix("objective.shards.teacher.")
+    return own.startswith(_FREE) and not own.startswith(_BOUND)
 
 
 def _commit() -> str | None:

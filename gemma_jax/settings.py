@@ -1,4 +1,4 @@
-"""Settings are frozen dataclasses; this is how they are changed by path, checked and written down."""
+"""Settings are frozen dataclasses; here they are changed by path, checked and written down."""
 
 import ast
 import dataclasses

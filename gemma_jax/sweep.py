@@ -143,7 +143,8 @@ def markdown(rows: list[Row]) -> str:
         against = _spread(paired, error=True) if place and len(paired) == len(first) else ""
         rates = [row["tokens_per_s"] for row in group if row["tokens_per_s"]]
         lines.append(
-            f"| {point} | {len(group)} | {_spread([r['bits_per_byte'] for r in group])} | {against} "
+            f"| {point} | {len(group)} | {_spread([r['bits_per_byte'] for r in group])} "
+            f"| {against} "
             f"| {statistics.mean(r['loss'] for r in group):.4f} "
             f"| {statistics.mean(r['accuracy'] for r in group):.4f} "
             f"| {statistics.mean(rates) if rates else 0:,.0f} | {group[0]['parameters']:,} |"

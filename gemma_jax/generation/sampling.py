@@ -24,7 +24,7 @@ class Sampling:
         require_fractions(self, "top_p")
 
 
-def sample(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, "B"]:
+def sample(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
     """One token a row; `keys` [B] are random keys, so a row does not depend on its batch."""
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(jnp.int32)

@@ -1,5 +1,7 @@
 """RMSNorm, rotary positions and the gated MLP of Gemma 3 (arXiv 2503.19786, section 2)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,9 @@ from gemma_jax.model.config import ModelConfig
 
 def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, fan_in: int) -> Array:
     """A float32 matrix parameter, truncated normal with variance 1 / fan_in, in compute dtype."""
-    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    config: ModelConfig = module.config
     init = nn.initializers.truncated_normal(stddev=fan_in**-0.5)
-    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return value.astype(config.compute_dtype)
 
 
@@ -28,7 +30,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
-        weight = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        weight: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * (1 + weight)).astype(x.dtype)

@@ -71,7 +71,7 @@ def _block(config: ModelConfig, *, inside_scan: bool) -> type[Block]:
     if config.remat == "none":
         return Block
     policy = REMAT_POLICIES[config.remat]
-    return nn.remat(Block, policy=policy, prevent_cse=not inside_scan)  # type: ignore[return-value]
+    return nn.remat(Block, policy=policy, prevent_cse=not inside_scan)
 
 
 class Embedding(nn.Module):
@@ -83,7 +83,7 @@ class Embedding(nn.Module):
     def __call__(self) -> Float[Array, "V D"]:
         c = self.config
         # With the lookup's factor sqrt(D), tokens enter the first block with variance 1.
-        init = nn.initializers.normal(stddev=c.embed_dim**-0.5)
+        init: Any = nn.initializers.normal(stddev=c.embed_dim**-0.5)
         init = nn.with_logical_partitioning(init, ("vocab", "embed"))
         return self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
 
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         # Google's weights were trained with sqrt(D) rounded to the compute dtype.
         x = split_batch(table[tokens].astype(dtype) * jnp.asarray(c.embed_dim**0.5, dtype))
 
-        periods: tuple[LayerCache, ...] = ()
+        periods: Any = ()
         if c.num_periods:
             scan = nn.scan(
                 Period,
@@ -116,14 +116,14 @@ class Decoder(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, periods = scan(c, name="periods")(x, place, cache.periods if cache else None)
-        remainder = []
+        remainder: list[Any] = []
         for i, letter in enumerate(c.remainder):
             layer = cache.remainder[i] if cache else None
             block = _block(c, inside_scan=False)(c, letter, name=f"remainder_{i}")
             x, layer = block(x, place, layer)
             remainder.append(layer)
         x = RMSNorm(c.norm_eps, "embed", name="final_norm")(x)
-        return x, Cache(periods, tuple(remainder)) if cache else None  # type: ignore[arg-type]
+        return x, Cache(periods, tuple(remainder)) if cache else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,8 @@ class Transformer:
         with segment id 0 are padding, neither seen nor stored.
         """
         place = Place(positions, segment_ids)
-        return Decoder(self.config).apply({"params": params}, tokens, place, cache)
+        outcome: Any = Decoder(self.config).apply({"params": params}, tokens, place, cache)
+        return outcome
 
     def output_embedding(self, params: Params) -> Float[Array, "V D"]:
         return params["embedder" if self.config.tied_embedding else "head"]["embedding"]

@@ -15,7 +15,7 @@ teacher has weights count / N (Sparse Logit Sampling, arXiv 2503.16870); z-loss 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,8 @@ def _sharded(
             gradients = (gradients[0], jax.lax.psum(gradients[1], axes))
         return loss, stats, gradients
 
-    rows, whole = layout.batch_spec(), PartitionSpec()
+    rows: Any = layout.batch_spec()
+    whole = PartitionSpec()
     return jax.shard_map(
         local,
         mesh=layout.mesh,
@@ -158,12 +159,14 @@ def _scan(
     def step(carry: tuple[Array, Array | None], x: tuple[Array, Array, Array]) -> tuple:
         loss, stats, gradients = one(*x)
         total, d_table = carry
-        if gradients is None:
+        if gradients is None or d_table is None:
             return (total + loss, None), (stats, None)
         return (total + loss, d_table + gradients[1]), (stats, gradients[0])
 
     zero_table = jnp.zeros(embedding.shape, jnp.float32) if with_gradient else None
     inputs = (chunks(hidden), chunks(ids), chunks(w))
+    stats: VocabStats
+    d_hidden: Array | None
     (loss, d_table), (stats, d_hidden) = jax.lax.scan(
         step, (jnp.zeros((), jnp.float32), zero_table), inputs
     )

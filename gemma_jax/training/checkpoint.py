@@ -21,7 +21,7 @@ BEST_METRIC = "valid/bits_per_byte"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: the last `keep_last`, and the `keep_best` of validation."""
+    """The checkpoints of a run folder: the last `keep_last`, and the `keep_best` of validation."""
 
     def __init__(self, folder: Path, *, keep_last: int = 2, keep_best: int = 1) -> None:
         policies = checkpoint_managers.AnyPreservationPolicy(
@@ -39,7 +39,10 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._folder.absolute(),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policies, cleanup_tmp_directories=True
+                    preservation_policy=policies,
+                    # Without it metrics are not written, and the best is forgotten at a restart.
+                    best_fn=lambda metrics: -metrics[BEST_METRIC],
+                    cleanup_tmp_directories=True,
                 ),
             )
 
@@ -62,7 +65,7 @@ class Checkpoints:
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=best)
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """The state at `step`, laid out as `like` (shapes with shardings); moves `batches` there."""
+        """The state at `step`, laid out as `like` (shapes, shardings); moves `batches` there."""
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(like.params),
             "progress": ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),

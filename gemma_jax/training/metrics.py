@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line a record always, TensorBoard always, Weights & Biases on request."""
+"""Metrics of a run: JSON lines and TensorBoard always, Weights & Biases on request."""
 
 import json
 import statistics

@@ -27,13 +27,13 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, *, ema: boo
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
-def state_shardings(layout: Layout, axes: Any, state: TrainState) -> TrainState:
-    """Where each part of a state (arrays or shapes) lives: moments and average as their parameter."""
+def state_shardings(layout: Layout, axes: Any, state: TrainState) -> Any:
+    """Where each part of a state lives: moments and average as their parameter."""
     params = layout.shardings(axes, state.params)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state.params)
     paths = {path: leaf.shape for path, leaf in leaves}
     shardings = dict(zip(paths, jax.tree.leaves(params), strict=True))
-    whole = layout.replicated()
+    whole: Any = layout.replicated()
 
     def follow(path: tuple, leaf: jax.Array) -> NamedSharding:
         """An optimizer keeps its moments in trees like the parameters': the path ends alike."""
