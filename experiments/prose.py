@@ -34,7 +34,7 @@ STUDENT = ModelConfig(
     head_dim=128,
     max_seq_len=1024,
     attn_pattern="LLLG",
-    sliding_window=256,
+    sliding_window=128,
 )
 
 TEACHER_MODEL = dataclasses.replace(
@@ -50,7 +50,7 @@ BASE = Experiment(
     data=CORPUS,
     tokens=TOKENS,
     batch_tokens=65_536,
-    seq_len=1024,
+    seq_len=512,
     optimizer=AdamW(learning_rate=2e-3, weight_decay=0.4),
     train=LoopConfig(eval_every=250, checkpoint_every=500),
 )
@@ -60,9 +60,10 @@ TEACHER = dataclasses.replace(
     name="prose/teacher",
     model=TEACHER_MODEL,
     optimizer=AdamW(learning_rate=1e-3, weight_decay=0.8),
+    train=dataclasses.replace(BASE.train, microbatches=4),  # memory: the whole batch needs 96 GiB
 )
 
-SHARDS = TeacherRun(path="runs/prose/shards", teacher=TEACHER, draws=64, batch_size=32)
+SHARDS = TeacherRun(path="runs/prose/shards", teacher=TEACHER, draws=64, batch_size=64)
 
 SWEEP = points(
     BASE, seeds=(0, 1, 2), scratch={}, distilled={"objective": Distill(shards=SHARDS)}
