@@ -65,6 +65,4 @@ TEACHER = dataclasses.replace(
 
 SHARDS = TeacherRun(path="runs/prose/shards", teacher=TEACHER, draws=64, batch_size=64)
 
-SWEEP = points(
-    BASE, seeds=(0, 1, 2), scratch={}, distilled={"objective": Distill(shards=SHARDS)}
-)
+SWEEP = points(BASE, seeds=(0, 1, 2), scratch={}, distilled={"objective": Distill(shards=SHARDS)})

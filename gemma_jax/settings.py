@@ -16,25 +16,32 @@ def override[T](settings: T, changes: Mapping[str, Any]) -> T:
     `override(experiment, {"model.attn_pattern": "LG", "optimizer.learning_rate": 3e-4})`. An
     unknown path names the settings that exist there.
     """
+    return _override(settings, changes, "")
+
+
+def _override(settings: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    """All changes of one level at once, so that settings which must fit each other may change
+    together."""
+    known = _fields(settings)
+    is_mapping = isinstance(settings, dict)
+    values: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
     for path, value in changes.items():
-        settings = _set(settings, path.split("."), value, path)
-    return settings
-
-
-def _set(settings: Any, parts: list[str], value: Any, path: str) -> Any:
-    name, *rest = parts
-    if isinstance(settings, dict) and name in settings:
-        return settings | {name: _set(settings[name], rest, value, path) if rest else value}
-    fields = _fields(settings)
-    if name not in fields:
-        where = f"in {type(settings).__name__} at '{path}'" if fields else f"at '{path}'"
-        known = f"; there are: {', '.join(fields)}" if fields else ""
-        raise UserError(f"there is no setting '{name}' {where}{known}.")
-    if rest:
-        value = _set(getattr(settings, name), rest, value, path)
-    else:
-        value = _checked(value, fields[name], path)
-    return dataclasses.replace(settings, **{name: value})
+        name, _, rest = path.partition(".")
+        where = prefix + name
+        if name not in (settings if is_mapping else known):
+            here = f"in {type(settings).__name__} " if known else ""
+            names = ", ".join(settings if is_mapping else known)
+            there = f"; there are: {names}" if names else ""
+            raise UserError(f"there is no setting '{name}' {here}at '{prefix}{path}'{there}.")
+        if rest:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            values[name] = value if is_mapping else _checked(value, known[name], where)
+    for name, nested in inner.items():
+        base = values.get(name, settings[name] if is_mapping else getattr(settings, name))
+        values[name] = _override(base, nested, f"{prefix}{name}.")
+    return settings | values if is_mapping else dataclasses.replace(settings, **values)
 
 
 def _fields(settings: Any) -> dict[str, Any]:
@@ -42,6 +49,12 @@ def _fields(settings: Any) -> dict[str, Any]:
         return {}
     hints = typing.get_type_hints(type(settings))
     return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
+
+
+def checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` for the fields of a settings class, each of its annotated type."""
+    hints = typing.get_type_hints(kind)
+    return {name: _checked(value, hints[name], name) for name, value in values.items()}
 
 
 def _checked(value: Any, wanted: Any, path: str) -> Any:
