@@ -69,6 +69,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         require_positive(self, "tokens", "batch_tokens", "seq_len", "valid_tokens")
+        parts = Path(self.name).parts
+        if not parts or Path(self.name).is_absolute() or ".." in parts:
+            raise UserError(f"name='{self.name}' must name a folder inside {runs.RUNS}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} is outside 0..{2**32 - 1}; choose another.")
         if self.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"seq_len={self.seq_len} is over the model's context of "
@@ -119,12 +124,13 @@ def run(experiment: Experiment) -> dict[str, Any]:
     Builds what it names first. A finished run returns at once; an interrupted one goes on. A
     folder that holds another experiment is refused.
     """
-    runs.claim(experiment.folder, to_json(experiment))
+    runs.check_claim(experiment.folder, to_json(experiment))
     finished = runs.read_result(experiment.folder)
     if finished is not None:
         return finished
     began = time.time()
     job = build(experiment)
+    runs.claim(experiment.folder, to_json(experiment))  # not before the input is known to be good
     outcome = train(job)
     result = {
         "name": experiment.name,
@@ -145,9 +151,6 @@ def run(experiment: Experiment) -> dict[str, Any]:
 
 def build(experiment: Experiment) -> Job:
     """Everything that the loop needs, with all input checked against all other."""
-    sources = _token_sets(experiment.data)
-    tokenizer = next(iter(sources.values())).tokenizer
-    _check_vocabulary(experiment, tokenizer)
     layout = make_layout(experiment.mesh)
     rows, split = experiment.batch_size, layout.batch_size_multiple
     if rows % (split * experiment.train.microbatches):
@@ -157,8 +160,11 @@ def build(experiment: Experiment) -> Job:
             f"not divide by the {split} devices of the mesh's batch axes; change batch_tokens or "
             "mesh."
         )
-    model = Transformer(experiment.model)
-    config = experiment.model
+    _check_teacher(experiment)
+    sources = _token_sets(experiment.data)
+    tokenizer = next(iter(sources.values())).tokenizer
+    _check_vocabulary(experiment, tokenizer)
+    model, config = Transformer(experiment.model), experiment.model
     if jax.process_index() == 0:
         runs.describe_model(experiment.folder, config, tokenizer)
     return Job(
@@ -191,23 +197,46 @@ def prepare_shards(job: TeacherJob | str) -> TeacherShards:
         return TeacherShards.open(job)
     if not isinstance(job, TeacherRun):
         return TeacherShards.open(job.path)
+    data, seq_len = _what_it_reads(job)
+    folder = Path(job.teacher) if isinstance(job.teacher, str) else job.teacher.folder
     if isinstance(job.teacher, Experiment):
         run(job.teacher)
-        folder: Path = job.teacher.folder
-        data: Corpus | Mixture | str | None
-        seq_len: int | None
-        data, seq_len = job.data or job.teacher.data, job.seq_len or job.teacher.seq_len
-    else:
-        folder, data, seq_len = Path(job.teacher), job.data, job.seq_len
-    if not isinstance(data, (Corpus, str)) or not seq_len:
-        raise UserError(
-            f"the shards at {job.path} need data (one corpus) and seq_len beside the teacher "
-            f"{folder}."
-        )
     trained.write_shards(
         job, folder, open_tokens(data), seq_len=seq_len, num_sequences=job.num_sequences
     )
     return TeacherShards.open(job.path)
+
+
+def _what_it_reads(job: TeacherRun) -> tuple[Corpus | str, int]:
+    """The data and the seq_len of a teacher's job."""
+    own = job.teacher if isinstance(job.teacher, Experiment) else None
+    data, seq_len = job.data or (own and own.data), job.seq_len or (own and own.seq_len)
+    if not isinstance(data, (Corpus, str)) or not seq_len:
+        raise UserError(f"the shards at {job.path} need data (one corpus) and seq_len.")
+    return data, seq_len
+
+
+def _check_teacher(experiment: Experiment) -> None:
+    """Refuses what cannot fit, before a teacher is trained or shards are written."""
+    if not isinstance(experiment.objective, Distill):
+        return
+    job = experiment.objective.shards
+    if isinstance(job, TeacherRun):
+        _, seq_len = _what_it_reads(job)
+        if isinstance(job.teacher, Experiment):
+            _check_teacher(job.teacher)
+            vocab_size = job.teacher.model.vocab_size
+        else:
+            vocab_size = runs.read_config(Path(job.teacher) / runs.MODEL).vocab_size
+    else:
+        manifest = prepare_shards(job).manifest
+        seq_len, vocab_size = manifest["seq_len"], manifest["vocab_size"]
+    own = {"seq_len": experiment.seq_len, "model.vocab_size": experiment.model.vocab_size}
+    for (name, here), there in zip(own.items(), (seq_len, vocab_size), strict=True):
+        if here != there:
+            raise UserError(
+                f"{name}={here}, but the teacher's shards have {there}; set {name}={there}."
+            )
 
 
 def open_tokens(data: Corpus | str) -> TokenSet:
@@ -242,11 +271,6 @@ def _batches(
     if isinstance(experiment.objective, Distill):
         shards = prepare_shards(experiment.objective.shards)
         shards.check_tokenizer(tokenizer.hash)
-        if shards.seq_len != experiment.seq_len:
-            raise UserError(
-                f"the teacher shards {shards.path} hold sequences of {shards.seq_len} tokens and "
-                f"seq_len={experiment.seq_len}; set seq_len={shards.seq_len}."
-            )
         return shard_stream(shards, batch_size=experiment.batch_size, seed=experiment.seed, **host)
     data = experiment.data
     whole = (Stage(until=1.0, weights={"data": 1.0}),)

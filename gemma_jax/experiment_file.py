@@ -2,6 +2,7 @@
 
 import contextvars
 import runpy
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ def argument[T](name: str, default: T) -> T:
 def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Runs an experiment file and returns what it defines.
 
-    Raises UserError where the file is missing or an argument is unknown to it. An error inside of
-    it keeps its traceback: the file is the researcher's own code.
+    Raises UserError where the file is missing, an argument is unknown to it or BASE or SWEEP is
+    something else, and for a mistake in one of its own lines. An error in what it calls keeps its
+    traceback.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,13 +47,37 @@ def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> d
     token = _ARGUMENTS.set((given, known))
     try:
         defined = runpy.run_path(str(path))
+    except UserError:
+        raise
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid Python: {error}; mend it.") from error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if frame.filename != str(path):
+            raise
+        raise UserError(
+            f"{path} line {frame.lineno}: {type(error).__name__}: {error}; mend that line."
+        ) from error
     finally:
         _ARGUMENTS.reset(token)
     if unknown := sorted(given.keys() - known.keys()):
         takes = ", ".join(f"{name}={value!r}" for name, value in known.items()) or "none"
         raise UserError(f"{path} takes no argument {unknown[0]!r}; it takes: {takes}.")
+    _check(path, defined)
+    return defined
+
+
+def _check(path: Path, defined: Mapping[str, Any]) -> None:
+    from gemma_jax.experiment import Experiment
+    from gemma_jax.sweep import Sweep
+
     if "BASE" not in defined and "SWEEP" not in defined:
         raise UserError(
             f"{path} defines neither BASE (an Experiment) nor SWEEP (points or a grid)."
         )
-    return defined
+    for name, kind in (("BASE", Experiment), ("SWEEP", Sweep)):
+        if name in defined and not isinstance(defined[name], kind):
+            raise UserError(
+                f"{name} of {path} is a {type(defined[name]).__name__}; it must be a "
+                f"{kind.__name__}."
+            )

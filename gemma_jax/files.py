@@ -26,7 +26,11 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.EACCES: "permission is denied; choose a folder that you may write to",
+            errno.EPERM: "permission is denied; choose a folder that you may write to",
             errno.ENOTDIR: "a part of that path is a file; choose another folder",
+            errno.EEXIST: "a file of that name is in the way; choose another path",
+            errno.EISDIR: "a folder of that name is in the way; choose another path",
+            errno.ENOENT: "that folder cannot be made; choose another path",
         }
         if error.errno not in causes:
             raise

@@ -23,7 +23,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.files import read_json, write_json
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.settings import differences, to_json
+from gemma_jax.settings import checked_fields, differences, to_json
 from gemma_jax.sharding import Layout
 from gemma_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from gemma_jax.training.checkpoint import load_params
@@ -47,26 +47,46 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def claim(folder: Path, experiment: dict[str, Any]) -> None:
-    """Takes a run folder for an experiment, or refuses one that holds another."""
+def check_claim(folder: Path, experiment: dict[str, Any]) -> None:
+    """Refuses a run folder that holds another experiment; writes nothing."""
     path = folder / EXPERIMENT
-    if path.exists():
-        saved = read_json(path, "the settings of a run")["experiment"]
-        for name, here, there in differences(experiment, saved):
-            if not _is_free(name):
-                raise UserError(
-                    f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
-                    "the experiment another name, or remove the folder."
-                )
+    if not path.exists():
         return
+    saved = read_json(path, "the settings of a run")["experiment"]
+    for name, here, there in differences(experiment, saved):
+        if not _is_free(name):
+            raise UserError(
+                f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
+                "the experiment another name, or remove the folder."
+            )
+
+
+def claim(folder: Path, experiment: dict[str, Any]) -> None:
+    """Takes a run folder for an experiment, or refuses one that holds another.
+
+    The commit and the versions of the first start stay; those of a later start that differ are
+    appended to `resumed_with`.
+    """
+    check_claim(folder, experiment)
+    if jax.process_index() != 0:
+        return
+    path = folder / EXPERIMENT
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     versions = {name: importlib.metadata.version(name) for name in names}
-    write_json(path, {"experiment": experiment, "commit": _commit(), "versions": versions})
+    now = {"commit": _commit(), "versions": versions}
+    if not path.exists():
+        write_json(path, {"experiment": experiment, **now})
+        return
+    saved = read_json(path, "the settings of a run")
+    later = saved.get("resumed_with", [])
+    known = [(start["commit"], start["versions"]) for start in (saved, *later)]
+    if (now["commit"], now["versions"]) not in known:
+        write_json(path, saved | {"resumed_with": [*later, now]})
 
 
 def _is_free(path: str) -> bool:
     """Whether a setting, the run's own or that of a teacher inside it, may differ."""
-    own = path.removeprefix("objective.shards.teacher.")
+    own = path.rpartition("objective.shards.teacher.")[2]
     return own.startswith(_FREE) and not own.startswith(_BOUND)
 
 
@@ -133,16 +153,26 @@ def trained_seq_len(folder: str | Path) -> int:
     folder = Path(folder)
     folder = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
     settings = read_json(folder / EXPERIMENT, "the settings of a run")
-    return settings["experiment"]["seq_len"]
+    try:
+        return int(settings["experiment"]["seq_len"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / EXPERIMENT} does not say seq_len; copy it again, or give seq_len."
+        ) from None
 
 
 def read_config(path: Path) -> ModelConfig:
     values = read_json(path, "the settings of a model")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not the settings of a model; copy it again.")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     values.pop("type", None)
     if unknown := sorted(values.keys() - known):
         raise UserError(f"{path} has settings that this version does not know: {unknown}.")
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**checked_fields(ModelConfig, values))
+    except (TypeError, UserError) as error:  # TypeError: one is missing
+        raise UserError(f"{path} does not describe a model: {str(error).rstrip('.')}.") from error
 
 
 def params_hash(params: Any) -> str:

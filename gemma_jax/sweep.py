@@ -48,7 +48,7 @@ class Sweep:
             raise UserError(f"seeds={list(self.seeds)} name a seed twice.")
         seen: dict[str, str] = {}
         for point in self.points:
-            settings = str(to_json(dataclasses.replace(self.experiment(point, 0), name="")))
+            settings = str(to_json(dataclasses.replace(self.experiment(point, 0), name="any")))
             if settings in seen:
                 raise UserError(f"points '{seen[settings]}' and '{point}' are equal; drop one.")
             seen[settings] = point

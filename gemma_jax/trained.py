@@ -28,6 +28,9 @@ def complete(
     seed: int = 0,
 ) -> list[str]:
     """The continuation of each prompt by the model of a run folder, without the prompt."""
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"the prompt {prompt!r} is no valid Unicode text; give it in UTF-8.")
     loaded = runs.load_model(folder)
     ids = [[BOS, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
     new = generate(
@@ -58,9 +61,10 @@ def evaluate(
     """
     if (data is None) == (not sources):
         raise UserError("give either a token set (--data) or text (--source), and not both.")
+    _at_least_one("batch_size", batch_size)
     layout = make_layout(MeshConfig())
     loaded = runs.load_model(folder, layout=layout)
-    length = seq_len or runs.trained_seq_len(folder)
+    length = runs.trained_seq_len(folder) if seq_len is None else seq_len
     context = loaded.model.config.max_seq_len
     if not 2 <= length <= context:
         raise UserError(f"seq_len={length} must lie between 2 and the model's context, {context}.")
@@ -115,12 +119,14 @@ def write_shards(
             f"batch_size={job.batch_size} of the teacher does not divide by the "
             f"{layout.batch_size_multiple} devices; choose a multiple."
         )
+    if num_sequences is not None:
+        _at_least_one("num_sequences", num_sequences)
     sequences = packed_sequences(tokens, "train", seq_len, job.seed)
     with layout.active():
         return write_teacher_shards(
             _teacher(job, loaded, layout),
             sequences,
-            num_sequences=num_sequences or len(sequences),
+            num_sequences=len(sequences) if num_sequences is None else num_sequences,
             seq_len=seq_len,
             vocab_size=loaded.tokenizer.vocab_size,
             teacher_hash=runs.params_hash(loaded.params),
@@ -129,10 +135,11 @@ def write_shards(
 
 
 def verify_shards(
-    path: str | Path, folder: str | Path | None = None, sample: int = 16
+    path: str | Path, folder: str | Path | None = None, sample: int = 32
 ) -> dict[str, Any]:
     """Reads all shards again and checks them; with the teacher's run folder, draws a sample of
     records anew and compares (`distill.verify`)."""
+    _at_least_one("sample", sample)
     if folder is None:
         return verify_teacher_shards(path)
     manifest = TeacherShards.open(path).manifest
@@ -169,6 +176,11 @@ def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teach
         softcap=loaded.model.config.final_softcap,
         batch_sharding=layout.batch_sharding(),
     )
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name}={value} must be at least 1.")
 
 
 def _multiple(batch_size: int, layout: Layout) -> int:

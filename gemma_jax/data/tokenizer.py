@@ -84,6 +84,8 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             size = self._processor.get_piece_size()
+            if not size:
+                raise ValueError("no pieces")  # what becomes of an empty file
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{name} is not a SentencePiece model; train one anew.") from error
         self._bytes = [self._piece_bytes(i) for i in range(size)]

@@ -1,7 +1,8 @@
 """Checkpoints of a training run, with Orbax: asynchronous, atomic, restorable to any mesh.
 
 One checkpoint holds `params` (and `ema`) apart from `progress` (step and optimizer state) and
-`data` (the position of the batch stream), so that a reader of the weights touches nothing else.
+`data` (the position of the batch stream, the same for all hosts, so that another number of them
+can go on), and a reader of the weights touches nothing else.
 """
 
 from pathlib import Path
@@ -56,7 +57,7 @@ class Checkpoints:
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
             "progress": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "data": grain.checkpoint.CheckpointSave(batches),
+            "data": ocp.args.JsonSave(batches.get_state()),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -69,11 +70,12 @@ class Checkpoints:
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(like.params),
             "progress": ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
-            "data": grain.checkpoint.CheckpointRestore(batches),
+            "data": ocp.args.JsonRestore(),
         }
         if like.ema is not None:
             items["ema"] = ocp.args.StandardRestore(like.ema)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        batches.set_state(restored["data"])
         progress = restored["progress"]
         return TrainState(
             progress["step"], restored["params"], progress["opt_state"], restored.get("ema")
@@ -109,10 +111,20 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
     place = Path(folder).absolute() / FOLDER / str(step or steps[-1])
     item = place / ("ema" if (place / "ema").exists() else "params")
-    with ocp.StandardCheckpointer() as reader:
-        saved = reader.metadata(item).item_metadata.tree
-        _same_shapes(like, saved, place)
-        return reader.restore(item, like)
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            saved = reader.metadata(item).item_metadata
+            if saved is None:
+                raise ValueError("its weights cannot be read")
+            _same_shapes(like, saved.tree, place)
+            return reader.restore(item, like)
+    except UserError:
+        raise
+    except (ValueError, OSError, KeyError) as error:  # what Orbax and TensorStore raise
+        raise UserError(
+            f"the checkpoint {place} is damaged; copy it again, or give another one of the run, "
+            f"which has {steps}."
+        ) from error
 
 
 def _same_shapes(like: Any, saved: Any, place: Path) -> None:

@@ -148,8 +148,7 @@ def _run(
 
             values: dict[str, float | None] = {}
             if done % config.log_every == 0 or last:
-                values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-                _check_finite(values, done, checkpoints)
+                values |= _measured(metrics, done, checkpoints)
                 values["learning_rate"] = float(schedule(done - 1))
                 values |= clock.speed()
             if done % config.eval_every == 0 or last:
@@ -159,8 +158,9 @@ def _run(
                 clock.restart()
             if values:
                 log.write(done, values)
-            stopping = stop_requested() and not last
+            stopping = stop_requested()
             if done % config.checkpoint_every == 0 or last or stopping:
+                _measured(metrics, done, checkpoints)  # what is not finite is not saved
                 known = {name: x for name, x in values.items() if x is not None}
                 checkpoints.save(state, batches, known)
                 clock.restart()
@@ -224,9 +224,11 @@ class _Clock:
         return {"tokens_per_s": rate, "mfu": mfu, "data_wait": waited / seconds}
 
 
-def _check_finite(values: dict[str, Any], step: int, checkpoints: Checkpoints) -> None:
-    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-        return
+def _measured(metrics: Any, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """A step's numbers, fetched from the device; refused where training has gone off."""
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    if all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "param_norm")):
+        return values
     checkpoints.wait()
     raise UserError(
         f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step}; "

@@ -57,11 +57,14 @@ def median(records: list[dict[str, float]], name: str) -> float | None:
 
 class MetricsLog:
     """Appends records to a run folder. Records after `start_step` are dropped when it opens: the
-    steps behind them will be done again."""
+    steps behind them will be done again. Of several hosts the first alone writes."""
 
     def __init__(
         self, folder: Path, start_step: int, *, wandb_project: str | None, name: str
     ) -> None:
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         kept = [record for record in read_metrics(folder) if record["step"] <= start_step]
         write_text(folder / FILE, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = (folder / FILE).open("a")
@@ -70,6 +73,13 @@ class MetricsLog:
         self._wandb = _start_wandb(wandb_project, name) if wandb_project else None
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
+        if not self._writes:
+            return
+        if not self._board_lives():
+            raise UserError(
+                f"cannot write {self._board.logdir}: the disk did not take all of it; free some "
+                "space and run the same command again."
+            )
         with disk_errors(self._file.name):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -80,10 +90,19 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
-        self._board.close()
+        if self._board_lives():
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _board_lives(self) -> bool:
+        """Whether TensorBoard's thread does: a full disk ends it, and then each call would wait for
+        it without end."""
+        writer = self._board.file_writer
+        return writer is None or writer.event_writer._worker.is_alive()
 
 
 def _start_wandb(project: str, name: str) -> Any:

@@ -5,7 +5,7 @@ two axes beside the stacked "layers", the rest are norms.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import optax
@@ -98,8 +98,7 @@ class Muon:
     """Muon for matrices, AdamW for embeddings and norms (Jordan et al. 2024; arXiv 2502.16982).
 
     Updates of matrices are scaled to the root mean square of AdamW's (0.2), so one learning rate
-    serves both unless `adam_learning_rate` says otherwise. Weight decay applies to matrices, and
-    to embeddings where `decayed` names them.
+    serves both unless `adam_learning_rate` says otherwise.
     """
 
     learning_rate: float = 1e-3
@@ -116,21 +115,25 @@ class Muon:
         require_positive(self, "learning_rate", "adam_learning_rate", "clip_norm")
 
     def build(self, axes: Any, steps: int) -> optax.GradientTransformation:
-        # Left to itself optax gives a 2-D embedding to Muon and a 3-D attention matrix to Adam.
-        dimensions = _map_axes(matrix_dimensions, axes)
-        adam_rate = self.adam_learning_rate or self.learning_rate
-        optimizer = muon(
-            self.schedule.build(self.learning_rate, steps),
-            beta=self.momentum,
-            weight_decay=self.weight_decay if "matrix" in self.decayed else 0.0,
-            weight_decay_mask=_mask(axes, self.decayed),
-            adam_b1=self.b1,
-            adam_b2=self.b2,
-            adam_weight_decay=self.weight_decay,
-            adam_learning_rate=self.schedule.build(adam_rate, steps),
-            muon_weight_dimension_numbers=dimensions,
-            consistent_rms=0.2,
-        )
+        # A transformation a kind: within optax's `muon` the parameters that are no matrices get
+        # Nesterov's momentum, and a weight decay that no mask reaches. Left to itself it also takes
+        # a 2-D embedding for a matrix, and a 3-D attention matrix for none.
+        rate = self.schedule.build(self.adam_learning_rate or self.learning_rate, steps)
+        decay: dict[Kind, float] = {
+            name: self.weight_decay if name in self.decayed else 0.0 for name in get_args(Kind)
+        }
+        transforms: dict[Any, optax.GradientTransformation] = {
+            "matrix": muon(
+                self.schedule.build(self.learning_rate, steps),
+                beta=self.momentum,
+                weight_decay=decay["matrix"],
+                muon_weight_dimension_numbers=_map_axes(matrix_dimensions, axes),
+                consistent_rms=0.2,
+            )
+        }
+        for name in ("embedding", "norm"):
+            transforms[name] = optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=decay[name])
+        optimizer = optax.partition(transforms, _map_axes(kind, axes))
         return _clipped(optimizer, self.clip_norm)
 
 

@@ -96,9 +96,9 @@ def make_step(
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         metrics = means(sums) | {
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 

@@ -1,0 +1,237 @@
+"""From text to a student that was taught, in one folder; and the contracts of experiment files."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax import runs
+from gemma_jax.data.packing import packed_sequences
+from gemma_jax.data.tokenizer import TokenizerConfig
+from gemma_jax.data.tokens import Corpus
+from gemma_jax.distill.objective import Distill
+from gemma_jax.errors import UserError
+from gemma_jax.eval.perplexity import make_evaluation
+from gemma_jax.experiment import Experiment, TeacherRun, open_tokens, run
+from gemma_jax.experiment_file import load_file
+from gemma_jax.model.config import tiny
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.settings import override, to_json
+from gemma_jax.sharding import MeshConfig, make_layout
+from gemma_jax.sweep import Sweep
+from gemma_jax.training.loop import LoopConfig
+from gemma_jax.training.step import init_state, make_step, state_shardings
+
+VOCAB = 400
+FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
+
+
+def text(lines=400):
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "über", "omega", "sum", "of", "the", "parts"]
+    return "\n".join(" ".join(rng.choice(words, 12)) for _ in range(lines))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a corpus, which is the working directory of this file's tests."""
+    path = tmp_path_factory.mktemp("work")
+    for number in range(20):
+        (path / f"part{number:02}.txt").write_text(f"{number} " + text(20 + number))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    corpus = Corpus(
+        path="data",
+        sources=("part*.txt",),
+        tokenizer=TokenizerConfig(vocab_size=VOCAB),
+        valid_fraction=0.1,
+    )
+    model = dataclasses.replace(tiny(), vocab_size=VOCAB, num_layers=2, attn_pattern="LG")
+    return Experiment(
+        name="base",
+        model=model,
+        data=corpus,
+        tokens=8 * 256,
+        batch_tokens=256,
+        seq_len=32,
+        valid_tokens=512,
+        train=LoopConfig(log_every=2, eval_every=4, checkpoint_every=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def result(base):
+    return run(base)
+
+
+def shards_of(teacher, **settings):
+    return Distill(
+        shards=TeacherRun(path="shards", teacher=teacher, draws=8, num_sequences=16, **settings)
+    )
+
+
+def test_a_run_leaves_its_result_and_returns_it_again(base, result):
+    assert math.isfinite(result["bits_per_byte"])
+    assert result["steps"] == 8
+    before = (base.folder / "experiment.json").read_text()
+    assert run(base) == json.loads(json.dumps(result))
+    watched = dataclasses.replace(base, train=LoopConfig(log_every=1))
+    assert run(watched)["bits_per_byte"] == result["bits_per_byte"]
+    assert (base.folder / "experiment.json").read_text() == before
+
+
+def test_another_experiment_in_the_folder_is_refused(base, result):
+    with pytest.raises(UserError, match=r"run with optimizer\.learning_rate=0\.001"):
+        run(override(base, {"optimizer.learning_rate": 2e-3}))
+    with pytest.raises(UserError, match=r"train\.ema_decay=None, and this one has 0\.9"):
+        run(override(base, {"train.ema_decay": 0.9}))
+
+
+def test_a_student_is_taught_by_an_experiment(base, result):
+    student = dataclasses.replace(base, name="student", objective=shards_of(base))
+    taught = run(student)
+    assert {"kl", "agreement", "teacher_cross_entropy"} <= taught["metrics"].keys()
+    # How the teacher is watched is nobody's business, what it computes is.
+    watched = override(student, {"objective.shards.teacher.train.log_every": 5})
+    assert run(watched)["loss"] == taught["loss"]
+    with pytest.raises(UserError, match=r"objective\.shards\.teacher\.seed=0"):
+        run(override(student, {"objective.shards.teacher.seed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 16}, "seq_len=16, but the teacher's shards have 32"),
+        ({"model.vocab_size": 300}, r"model\.vocab_size=300, but the teacher's shards have 400"),
+    ],
+)
+def test_what_does_not_fit_a_teacher_is_refused_before_it_is_trained(base, changes, message):
+    teacher = dataclasses.replace(base, name="untrained")
+    student = dataclasses.replace(base, name="refused", objective=shards_of(teacher))
+    with pytest.raises(UserError, match=message):
+        run(override(student, changes))
+    assert not teacher.folder.exists()
+    assert not student.folder.exists()  # so that the mended experiment may have it
+
+
+def test_bits_per_byte_by_hand(base, result):
+    loaded = runs.load_model(base.folder)
+    tokens = open_tokens(base.data)
+    sequences = []
+    for sequence in packed_sequences(tokens, "valid", base.seq_len, seed=0):
+        sequences.append(sequence)
+        if len(sequences) == base.valid_tokens // base.seq_len:
+            break
+    batch = {name: np.stack([x[name] for x in sequences]) for name in sequences[0]}
+    hidden = jax.jit(loaded.model.hidden)(
+        loaded.params, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    logits = (
+        np.asarray(hidden, np.float64)
+        @ np.asarray(loaded.model.output_embedding(loaded.params), np.float64).T
+    )
+    nats = (
+        np.log(np.exp(logits).sum(-1))
+        - np.take_along_axis(logits, batch["labels"][..., None], axis=-1)[..., 0]
+    )
+    sizes = tokens.tokenizer.token_bytes()[batch["labels"]] * (batch["loss_mask"] > 0)
+    bits = nats[sizes > 0].sum() / math.log(2) / sizes.sum()
+    assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    labels = batch["loss_mask"] > 0
+    assert result["loss"] == pytest.approx(nats[labels].mean(), rel=1e-5)
+    # The filled-up last batch changes nothing.
+    again = make_evaluation(
+        loaded.model,
+        sequences,
+        tokens.tokenizer.token_bytes(),
+        make_layout(MeshConfig(), jax.devices()[:1]),
+        batch_size=7,
+    )(loaded.params)
+    assert again["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert again["bytes"] == sizes.sum()
+
+
+def test_a_checkpoint_is_a_model_too(base, result):
+    last = runs.load_model(base.folder)
+    same = runs.load_model(base.folder / "checkpoints" / "8")
+    jax.tree.map(np.testing.assert_array_equal, last.params, same.params)
+    assert runs.params_hash(last.params) == runs.params_hash(same.params)
+    assert runs.trained_seq_len(base.folder / "checkpoints" / "8") == 32
+    with pytest.raises(UserError, match=r"has no model\.json"):
+        runs.load_model("data")
+
+
+def test_a_later_start_with_another_commit_is_noted(folder, monkeypatch):
+    path, settings = Path("claimed"), {"name": "x"}
+    runs.claim(path, settings)
+    first = json.loads((path / "experiment.json").read_text())
+    runs.claim(path, settings)
+    assert json.loads((path / "experiment.json").read_text()) == first
+    monkeypatch.setattr(runs, "_commit", lambda: "another")
+    runs.claim(path, settings)
+    runs.claim(path, settings)
+    saved = json.loads((path / "experiment.json").read_text())
+    assert [start["commit"] for start in saved.pop("resumed_with")] == ["another"]
+    assert saved == first
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    runs.claim(Path("second_host"), settings)
+    assert not Path("second_host").exists()
+
+
+def points_of(path):
+    defined = load_file(path)
+    sweep = defined.get("SWEEP")
+    if isinstance(sweep, Sweep):
+        for point in sweep.points:
+            yield sweep.experiment(point, 0)
+    else:
+        yield defined["BASE"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_experiment_file_fits_eight_devices(path, folder):
+    """Shapes of one step of every point, laid out by the sharding rules; nothing is allocated."""
+    for experiment in points_of(path):
+        to_json(experiment)
+        layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+        model = Transformer(experiment.model)
+        optimizer = experiment.optimizer.build(model.axes(), experiment.num_steps)
+        shape = (experiment.batch_size, experiment.seq_len)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32)
+            for name in ("tokens", "labels", "segment_ids", "positions")
+        }
+        floats = ["loss_mask"]
+        if isinstance(experiment.objective, Distill):
+            floats += ["teacher_label_logprob", "teacher_entropy"]
+            batch["target_ids"] = jax.ShapeDtypeStruct((*shape, 4), jnp.int32)
+            batch["target_weights"] = jax.ShapeDtypeStruct((*shape, 4), jnp.float32)
+        batch |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in floats}
+        ema = experiment.train.ema_decay
+        step = make_step(
+            experiment.objective.build(model, softcap=experiment.model.final_softcap),
+            optimizer,
+            microbatches=experiment.train.microbatches,
+            ema_decay=ema,
+        )
+        state = jax.eval_shape(
+            lambda m=model, o=optimizer, e=ema: init_state(
+                m.init(jax.random.key(0)), o, ema=e is not None
+            )
+        )
+        with layout.active():
+            shardings = state_shardings(layout, model.axes(), state)
+            after, metrics = jax.eval_shape(step, state, batch)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert jax.tree.structure(shardings) == jax.tree.structure(state)
+        assert {"loss", "grad_norm"} <= metrics.keys()

@@ -1,0 +1,142 @@
+"""Generation against the full forward pass, and the rules of sampling."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax.errors import UserError
+from gemma_jax.generation.decode import generate
+from gemma_jax.generation.sampling import Sampling, sample
+from gemma_jax.model.config import tiny
+from gemma_jax.model.transformer import Transformer
+
+GREEDY = Sampling(temperature=0.0)
+NEW = 12
+# Shorter and longer than the window of 8, one at the edge of a bucket of lengths.
+PROMPTS = [[2, 5, 9], [2, *range(10, 30)], [7], [2, *range(40, 71)]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = dataclasses.replace(tiny(), num_layers=3, attn_pattern="LG", tied_embedding=False)
+    return Transformer(config)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    """Random everywhere, with a head of its own: a tied one repeats its prompt."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), jnp.float32), model.shapes()
+    )
+
+
+@pytest.fixture(scope="module")
+def greedy(model, params):
+    return generate(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY)
+
+
+@pytest.fixture(scope="module")
+def full_greedy(model, params):
+    """The same by the forward pass over everything so far, one token after another."""
+
+    @jax.jit
+    def next_tokens(tokens, lengths):
+        hidden = model.hidden(params, tokens)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return model.logits(params, last).argmax(-1)
+
+    width = max(map(len, PROMPTS)) + NEW
+    tokens = np.zeros((len(PROMPTS), width), np.int32)
+    lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+    for row, prompt in zip(tokens, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+    for _ in range(NEW):
+        tokens[np.arange(len(PROMPTS)), lengths] = next_tokens(tokens, lengths)
+        lengths += 1
+    return [
+        row[len(prompt) : len(prompt) + NEW].tolist()
+        for row, prompt in zip(tokens, PROMPTS, strict=True)
+    ]
+
+
+def test_greedy_is_the_argmax_of_the_full_forward_pass(greedy, full_greedy):
+    assert greedy == full_greedy
+    assert min(len(set(row)) for row in greedy) > 2  # it does not only repeat itself
+
+
+def test_a_sequence_does_not_depend_on_its_batch(model, params, greedy):
+    for prompt, expected in zip(PROMPTS, greedy, strict=True):
+        alone = generate(model, params, [prompt], max_new_tokens=NEW, sampling=GREEDY)
+        assert alone == [expected]
+
+
+def test_a_sequence_ends_before_its_stop_token(model, params, greedy):
+    stop = greedy[0][4]
+    stopped = generate(
+        model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, stop_ids=(stop,)
+    )
+    cut = [row[: row.index(stop)] if stop in row else row for row in greedy]
+    assert stopped == cut
+    assert len(stopped[0]) <= 4
+
+
+def test_the_number_of_new_tokens_is_exact(model, params, greedy):
+    few = generate(model, params, PROMPTS, max_new_tokens=3, sampling=GREEDY)
+    assert few == [row[:3] for row in greedy]
+
+
+def test_sampling_follows_the_seed(model, params):
+    first, same, other = (
+        generate(model, params, PROMPTS, max_new_tokens=NEW, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([[1], []], 4, "a prompt is empty"),
+        ([], 4, "a prompt is empty"),
+        ([[1]], 0, "max_new_tokens=0 must be at least 1"),
+        ([[1] * 60], 5, "a prompt of 60 tokens and 5 new ones leave the model's context of 64"),
+    ],
+)
+def test_bad_requests_are_refused(model, prompts, new, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, None, prompts, max_new_tokens=new)
+
+
+PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, PROBABILITIES),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_k": 99}, PROBABILITIES),
+        ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
+        ({"top_p": 1.0}, PROBABILITIES),
+        ({"temperature": 0.5}, PROBABILITIES**2 / (PROBABILITIES**2).sum()),
+        ({"temperature": 0.0}, [1, 0, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0, 0]),
+    ],
+)
+def test_drawn_frequencies(settings, expected):
+    count = 4000
+    logits = jnp.tile(jnp.log(jnp.asarray(PROBABILITIES, jnp.float32)), (count, 1))
+    draws = sample(logits, jax.random.split(jax.random.key(0), count), Sampling(**settings))
+    found = np.bincount(draws, minlength=5) / count
+    np.testing.assert_allclose(found, expected, atol=0.03)
+    assert not found[np.asarray(expected) == 0].any()
+
+
+def test_bad_sampling_is_refused():
+    for settings in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}, {"top_p": 0.0}):
+        with pytest.raises(UserError):
+            Sampling(**settings)

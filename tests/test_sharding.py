@@ -1,0 +1,72 @@
+"""Mesh sizes and the rules that lay arrays out."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from gemma_jax.errors import UserError
+from gemma_jax.model.config import tiny
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.sharding import PRESETS, MeshConfig, current_layout, make_layout, split_batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "expected"),
+    [
+        ({}, 8, (8, 1, 1)),
+        ({}, 1, (1, 1, 1)),
+        ({"fsdp": 4, "tensor": 2}, 8, (1, 4, 2)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, 8, (2, 2, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
+    ],
+)
+def test_mesh_shapes(settings, devices, expected):
+    assert MeshConfig(**settings).shape(devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, "at most one of them -1"),
+        ({"data": 0}, "each must be a positive number"),
+        ({"tensor": -2}, "each must be a positive number"),
+        ({"tensor": 3}, r"does not fit 8 device\(s\)"),
+        ({"data": 2, "fsdp": 2}, r"does not fit 8 device\(s\)"),
+        ({"data": 16}, r"does not fit 8 device\(s\)"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        MeshConfig(**settings).shape(8)
+
+
+def test_dimensions_follow_the_rules_and_what_does_not_divide_stays_whole():
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+    spec = layout.spec
+    assert spec(("vocab", "embed"), (128, 32)) == PartitionSpec("tensor", "fsdp")
+    assert spec(("vocab", "embed"), (127, 32)) == PartitionSpec(None, "fsdp")
+    assert spec(("embed", "kv_heads", "head_dim"), (32, 1, 8)) == PartitionSpec("fsdp", None, None)
+    assert spec((None, "embed"), (3, 5)) == PartitionSpec(None, None)
+    assert spec(("heads", "mlp"), (2, 2)) == PartitionSpec("tensor", None)  # an axis is used once
+    assert layout.batch_size_multiple == 4
+
+
+@pytest.mark.parametrize("rules", PRESETS)
+def test_every_parameter_gets_a_sharding(rules):
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2, rules=rules))
+    model = Transformer(tiny())
+    shardings = jax.tree.leaves(layout.shardings(model.axes(), model.shapes()))
+    used = {axis for sharding in shardings for axis in sharding.spec if axis is not None}
+    assert used == {"dp": set(), "fsdp": {"fsdp"}, "fsdp_tp": {"fsdp", "tensor"}}[rules]
+
+
+def test_a_layout_is_active_within_its_block():
+    layout = make_layout(MeshConfig())
+    x = jnp.zeros((8, 2))
+    assert current_layout() is None
+    assert split_batch(x) is x
+    with layout.active():
+        assert current_layout() is layout
+        assert jax.jit(split_batch)(x).sharding.is_equivalent_to(layout.batch_sharding(), 2)
+    assert current_layout() is None

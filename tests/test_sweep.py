@@ -1,0 +1,160 @@
+"""Sweeps: what is refused, what is written, and the arithmetic of the table."""
+
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_jax import sweep as sweeps
+from gemma_jax.errors import UserError
+from gemma_jax.experiment import Experiment
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.runs import write_result
+from gemma_jax.sweep import Row, grid, markdown, points, run_sweep
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    monkeypatch.chdir(tmp_path)
+    model = ModelConfig(
+        vocab_size=400,
+        embed_dim=16,
+        mlp_dim=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_seq_len=64,
+        attn_pattern="LG",
+        sliding_window=8,
+    )
+    return Experiment(
+        name="base", model=model, data="data", tokens=2048, batch_tokens=256, seq_len=32
+    )
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The experiments that were run, in order; each "trains" at once, to a score by its seed."""
+    names: list[str] = []
+
+    def run(experiment: Experiment) -> dict[str, Any]:
+        names.append(experiment.name)
+        score = 2.0 + experiment.seed + (0.25 if experiment.model.attn_pattern == "L" else 0.0)
+        result = {
+            "name": experiment.name,
+            "bits_per_byte": score,
+            "loss": 1.0,
+            "accuracy": 0.5,
+            "tokens": experiment.tokens,
+            "tokens_per_s": 10.0,
+            "wall_s": 1.0,
+        }
+        write_result(experiment.folder, result)
+        return result
+
+    monkeypatch.setattr(sweeps, "run", run)
+    return names
+
+
+def row(point: str, seed: int, bits: float, rate: float | None = 100.0) -> Row:
+    return {
+        "point": point,
+        "seed": seed,
+        "bits_per_byte": bits,
+        "loss": bits,
+        "accuracy": 0.5,
+        "tokens_per_s": rate,
+        "parameters": 1234,
+    }
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    lines = [line.strip("| ").split("|") for line in table.splitlines()[2:]]
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+
+
+def test_a_grid_has_every_combination(base: Experiment) -> None:
+    sweep = grid(base, {"model.sliding_window": [4, 8], "seq_len": [16, 32]})
+    assert list(sweep.points) == [
+        "sliding_window=4,seq_len=16",
+        "sliding_window=4,seq_len=32",
+        "sliding_window=8,seq_len=16",
+        "sliding_window=8,seq_len=32",
+    ]
+    one = sweep.experiment("sliding_window=4,seq_len=16", 3)
+    assert (one.model.sliding_window, one.seq_len, one.seed) == (4, 16, 3)
+    assert one.name == "base/sliding_window=4,seq_len=16/seed3"
+
+
+def test_equal_points_are_refused(base: Experiment) -> None:
+    with pytest.raises(UserError, match="'a' and 'b' are equal"):
+        points(base, a={}, b={"model.attn_pattern": "LG"})
+
+
+def test_a_point_with_an_unknown_setting_is_refused(base: Experiment) -> None:
+    with pytest.raises(UserError, match="no setting 'window'"):
+        points(base, a={"model.window": 3})
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1)])
+def test_no_seed_or_one_twice_is_refused(base: Experiment, seeds: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="seed"):
+        points(base, seeds=seeds, a={})
+
+
+def test_every_point_runs_with_every_seed(base: Experiment, ran: list[str]) -> None:
+    sweep = points(base, seeds=(0, 1), a={}, b={"model.attn_pattern": "L"})
+    rows = run_sweep(sweep)
+    assert ran == ["base/a/seed0", "base/b/seed0", "base/a/seed1", "base/b/seed1"]
+    with (sweep.folder / "results.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [(r["point"], int(r["seed"]), float(r["bits_per_byte"])) for r in written] == [
+        (r["point"], r["seed"], r["bits_per_byte"]) for r in rows
+    ]
+    assert int(written[0]["parameters"]) > int(written[0]["embedding_parameters"]) == 400 * 16
+    table = (sweep.folder / "results.md").read_text()
+    assert cells(table)["b"][:3] == ["2", "2.7500 ± 0.7071", "+0.2500 ± 0.0000"]
+    assert (sweep.folder / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_are_there_after_an_interruption(
+    base: Experiment, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = sweeps.run
+
+    def interrupted(experiment: Experiment) -> dict[str, Any]:
+        if "/b/" in experiment.name:
+            raise KeyboardInterrupt
+        return quick(experiment)
+
+    monkeypatch.setattr(sweeps, "run", interrupted)
+    sweep = points(base, a={}, b={"model.attn_pattern": "L"})
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep)
+    assert list(cells((sweep.folder / "results.md").read_text())) == ["a"]
+
+
+def test_the_table_pairs_seeds() -> None:
+    first, other = [2.0, 3.0, 4.0], [1.9, 2.7, 3.8]
+    rows = [row("a", seed, bits) for seed, bits in enumerate(first)]
+    rows += [row("b", seed, bits) for seed, bits in enumerate(other)]
+    table = cells(markdown(rows))
+    gaps = [b - a for a, b in zip(first, other, strict=True)]
+    error = statistics.stdev(gaps) / 3**0.5
+    assert table["a"][:3] == ["3", "3.0000 ± 1.0000", ""]
+    assert table["b"][1] == f"{statistics.mean(other):.4f} ± {statistics.stdev(other):.4f}"
+    assert table["b"][2] == f"{statistics.mean(gaps):+.4f} ± {error:.4f}"
+
+
+def test_a_single_seed_has_no_spread() -> None:
+    table = cells(markdown([row("a", 0, 2.0), row("b", 0, 1.5, None)]))
+    assert table["a"][1:3] == ["2.0000", ""]
+    assert table["b"][1:3] == ["1.5000", "-0.5000"]
+
+
+def test_points_without_all_seeds_are_not_compared() -> None:
+    rows = [row("a", 0, 2.0), row("a", 1, 2.0), row("b", 0, 1.0)]
+    assert cells(markdown(rows))["b"][2] == ""

@@ -1,0 +1,144 @@
+"""The loop: exact resume, what is kept, what is logged, when it stops."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_jax.errors import Interrupted, UserError
+from gemma_jax.training.checkpoint import checkpoint_steps, load_params
+from gemma_jax.training.loop import train
+from gemma_jax.training.metrics import FILE, MetricsLog, read_metrics
+from gemma_jax.training.optim import AdamW, Muon
+
+SPEEDS = ("tokens_per_s", "mfu", "data_wait")
+
+
+def without_speeds(folder):
+    return [
+        {name: value for name, value in record.items() if name not in SPEEDS}
+        for record in read_metrics(folder)
+    ]
+
+
+def interrupting(step_of_interest):
+    """An evaluation that asks for a stop the way Ctrl-C does, in the n-th call."""
+    calls = []
+
+    def evaluate(params):
+        calls.append(None)
+        if len(calls) == step_of_interest:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"bits_per_byte": 1.0, "loss": 1.0}
+
+    return evaluate
+
+
+@pytest.mark.parametrize(
+    ("stops", "settings"),
+    [((5, 10), {"ema_decay": 0.9, "microbatches": 2}), ((5,), {"optimizer": Muon()})],
+    ids=["adamw", "muon"],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bits(make_job, stops, settings):
+    """Stopped off the intervals of logs and checkpoints, and once within a run that was resumed."""
+    settings = {"eval_every": 5, **settings}
+    whole = train(make_job("whole", **settings))
+    for step in stops:
+        with pytest.raises(Interrupted, match=f"step {step} of 12"):
+            train(make_job("parts", evaluate=interrupting(1), **settings))
+        assert checkpoint_steps(make_job("parts").folder)[-1] == step
+    parts = train(make_job("parts", **settings))
+    jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+    assert without_speeds(make_job("parts").folder) == without_speeds(make_job("whole").folder)
+    saved = load_params(make_job("parts").folder, whole.params)  # the average where one is kept
+    jax.tree.map(np.testing.assert_array_equal, saved, whole.params)
+
+
+def test_a_crash_goes_back_to_the_last_checkpoint_and_drops_later_records(make_job):
+    whole = train(make_job("whole", log_every=1))
+
+    def crash(params):
+        if read_metrics(make_job("parts").folder)[-1]["step"] == 7:
+            raise RuntimeError("power cut")
+        return {"bits_per_byte": 1.0, "loss": 1.0}
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(make_job("parts", log_every=1, evaluate=crash))
+    folder = make_job("parts").folder
+    with (folder / FILE).open("a") as file:
+        file.write('{"step": 8, "lo')  # cut off in the middle
+    parts = train(make_job("parts", log_every=1))
+    jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+    assert [record["step"] for record in read_metrics(folder)] == list(range(1, 13))
+    assert without_speeds(folder) == without_speeds(make_job("whole").folder)
+
+
+def test_a_finished_run_trains_no_more(make_job):
+    first = train(make_job())
+    before = (make_job().folder / FILE).read_text()
+    again = train(make_job())
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+    assert (make_job().folder / FILE).read_text() == before
+
+
+def test_the_last_and_the_best_checkpoint_are_kept_through_a_resume(make_job):
+    """Validation is best at step 2; the run is stopped at 6 and goes on to 12."""
+
+    def measured(values, stop=False):
+        values = iter(values)
+
+        def evaluate(params):
+            value = next(values)
+            if stop and value == 3.0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {"bits_per_byte": value, "loss": 1.0}
+
+        return evaluate
+
+    settings = {"eval_every": 2, "checkpoint_every": 2, "keep_last": 1}
+    with pytest.raises(Interrupted):
+        train(make_job(evaluate=measured([1.0, 2.0, 3.0], stop=True), **settings))
+    assert checkpoint_steps(make_job().folder) == [2, 6]
+    train(make_job(evaluate=measured([2.5, 2.6, 2.7]), **settings))
+    assert checkpoint_steps(make_job().folder) == [2, 12]
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(make_job):
+    """The checkpoint of step 3 falls between two logged steps and would hold the NaN."""
+    optimizer = AdamW(learning_rate=1e30, clip_norm=None)
+    job = make_job(optimizer=optimizer, log_every=100, checkpoint_every=3, eval_every=100)
+    with pytest.raises(UserError, match=r"Lower optimizer\.learning_rate"):
+        train(job)
+    assert checkpoint_steps(job.folder) == []
+
+
+def test_weights_of_another_model_or_step_are_refused(make_job, params):
+    job = make_job(steps=4)
+    train(job)
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; it has \[4\]"):
+        load_params(job.folder, params, step=3)
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype), params)
+    with pytest.raises(UserError, match="another model: parameter"):
+        load_params(job.folder, other)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_params(job.folder / "nothing", params)
+
+
+def test_the_position_of_the_stream_does_not_depend_on_hosts(make_job):
+    """One JSON file for all hosts: no file is named by a process."""
+    job = make_job(steps=4)
+    train(job)
+    files = [path for path in (job.folder / "checkpoints/4/data").rglob("*") if path.is_file()]
+    states = [json.loads(path.read_text()) for path in files if path.name == "metadata"]
+    assert states == [{"next_index": 4}]
+
+
+def test_only_the_first_host_writes_metrics(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    log = MetricsLog(tmp_path, 0, wandb_project=None, name="run")
+    log.write(1, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
