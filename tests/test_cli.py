@@ -1,0 +1,357 @@
+"""The command line: the whole path once on tiny sizes, and a sentence for every mistake."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_jax import cli
+
+EXPERIMENT = """
+from gemma_jax.experiment import Experiment
+from gemma_jax.experiment_file import argument
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.sweep import points
+from gemma_jax.training.loop import LoopConfig
+
+BASE = Experiment(
+    name=argument("name", "tiny"),
+    model=ModelConfig(
+        vocab_size=400, embed_dim=16, mlp_dim=32, num_layers=2, num_heads=2, num_kv_heads=1,
+        head_dim=8, max_seq_len=64, attn_pattern="LG", sliding_window=8, compute_dtype="float32",
+    ),
+    data="tokens",
+    tokens=argument("tokens", 1024),
+    batch_tokens=256,
+    seq_len=32,
+    valid_tokens=256,
+    train=LoopConfig(eval_every=4, checkpoint_every=2),
+)
+SWEEP = points(BASE, a={}, b={"model.attn_pattern": "L"})
+"""
+
+OPTIONS = {
+    "quickstart": {"--arg", "--json", "--set"},
+    "data-build": {
+        *("--json", "--source", "--text-field", "--tokenizer", "--valid-fraction"),
+        *("--vocab-size", "--workers"),
+    },
+    "tokenizer-train": {"--json", "--source", "--text-field", "--vocab-size"},
+    "train": {"--arg", "--json", "--point", "--set"},
+    "teacher": {
+        *("--batch-size", "--draws", "--json", "--method", "--num-sequences", "--seed"),
+        "--seq-len",
+    },
+    "teacher-verify": {"--checkpoint", "--json", "--sample"},
+    "sweep": {"--arg", "--json", "--seeds", "--set"},
+    "eval": {"--batch-size", "--data", "--json", "--seq-len", "--source", "--text-field"},
+    "generate": {
+        *("--json", "--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-k"),
+        "--top-p",
+    },
+    "inspect": {"--arg", "--json", "--seq-len", "--set"},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What every verb prints with --json, in a folder that holds all that they wrote."""
+    folder = tmp_path_factory.mktemp("cli")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(300)]
+    documents = [" ".join(draw.choices(words, k=120)) for _ in range(60)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (folder / "good.jsonl").write_text(lines)
+    (folder / "exp.py").write_text(EXPERIMENT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        distilled = "objective=Distill(shards='shards')"
+        verbs = {
+            "data": "data build tokens --source good.jsonl --vocab-size 400 --valid-fraction 0.1",
+            "train": "train exp.py",
+            "teacher": "teacher runs/tiny tokens shards --seq-len 32 --draws 8 --num-sequences 40",
+            "verify": "teacher verify shards --checkpoint runs/tiny --sample 4",
+            "distilled": f"train exp.py --arg name=distilled --set {distilled}",
+            "eval": "eval runs/distilled --data tokens",
+            "generate": "generate runs/distilled --prompt abc --prompt de --max-new-tokens 4",
+            "inspect": "inspect runs/distilled",
+        }
+        yield {name: printed(f"{line} --json") for name, line in verbs.items()}
+
+
+def printed(line: str) -> Any:
+    """The one JSON value that a command prints on stdout."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.main(line.split())
+    return json.loads(out.getvalue())
+
+
+@pytest.fixture
+def sandbox(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder to do damage in."""
+    shutil.copytree(Path.cwd(), tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence on stderr of a command that has to end with code 2."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert out == ""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert last.endswith(".")
+    return last
+
+
+def test_the_whole_path(made: dict[str, Any]) -> None:
+    assert made["data"]["splits"]["train"]["tokens"] > 0
+    assert made["train"]["steps"] == 4
+    assert made["teacher"]["draws"] == 8
+    assert made["verify"]["records"] == 40
+    assert made["verify"]["recomputed_records"] == 4
+    assert made["verify"]["differing_tokens"] == 0
+    assert made["distilled"]["name"] == "distilled"
+    assert made["eval"]["bits_per_byte"] == pytest.approx(made["distilled"]["bits_per_byte"], 0.2)
+    assert [one["prompt"] for one in made["generate"]] == ["abc", "de"]
+    assert made["inspect"]["parameters"]["total"] > made["inspect"]["parameters"]["embedding"]
+    assert {"flops_per_token", "kv_cache_bytes"} <= made["inspect"].keys()
+
+
+def test_finished_work_returns_at_once(made: dict[str, Any]) -> None:
+    assert printed("train exp.py --json") == made["train"]
+    again = printed(
+        "teacher runs/tiny tokens shards --seq-len 32 --draws 8 --num-sequences 40 --json"
+    )
+    assert again == made["teacher"]
+
+
+def test_verbs_and_options_are_frozen() -> None:
+    (verbs,) = (a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))
+    found = {
+        name: {o for a in one._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
+        for name, one in verbs.items()
+    }
+    assert found == OPTIONS
+
+
+TEACHER = "teacher runs/tiny tokens"
+GENERATE = "generate runs/tiny --prompt a"
+MISTAKES = {
+    "nonsense": "nonsense",
+    "data": "'data build'",
+    "data build x": "--source",
+    "data build x --source missing.txt": "missing.txt does not exist",
+    "data build x --source *.none": "matches no file",
+    "data build x --source empty.txt": "has no text",
+    "data build x --source latin.txt": "not UTF-8 at byte 3",
+    "data build x --source broken.jsonl": "line 2 is not JSON",
+    "data build x --source field.jsonl": 'no text under "text"',
+    "data build x --source good.jsonl --vocab-size 100000": "vocab_size 100000 is too large",
+    "data build x --source good.jsonl --vocab-size 5": "vocab_size 5",
+    "data build x --source good.jsonl --valid-fraction 2": "valid_fraction 2.0",
+    "data build x --source good.jsonl --workers 0": "--workers: 0",
+    "data build x --source good.jsonl --tokenizer latin.txt": "not a SentencePiece model",
+    "data build tokens --source good.jsonl --vocab-size 420": "there 400, here 420",
+    "data build good.jsonl --source good.jsonl --vocab-size 400": "in the way",
+    "tokenizer train tokens --source good.jsonl --vocab-size 400": "in the way",
+    "tokenizer train x/t.model --source empty.txt": "no text",
+    "train nowhere.py": "nowhere.py",
+    "train nothing.py": "neither BASE",
+    "train syntax.py": "not valid Python",
+    "train mistake.py": "mistake.py line 2: NameError",
+    "train kind.py": "BASE of kind.py is a int",
+    "train exp.py --arg nope=1": "takes no argument 'nope'",
+    "train exp.py --arg tokens=many": "--arg tokens='many'",
+    "train exp.py --point c": "no point 'c'",
+    "train exp.py --set nope=1": "no setting 'nope'",
+    "train exp.py --set model.nope=1": "no setting 'nope'",
+    "train exp.py --set seq_len": "path=value",
+    "train exp.py --set seq_len=abc": "seq_len='abc'",
+    "train exp.py --set seq_len=128": "seq_len=128 is over the model's context",
+    "train exp.py --set batch_tokens=250": "batch_tokens=250",
+    "train exp.py --set tokens=10": "tokens=10",
+    "train exp.py --arg name=new --set model.vocab_size=300": "vocab_size=300",
+    "train exp.py --arg name=new --set data=nowhere": "nowhere holds no finished token set",
+    "train exp.py --set optimizer=Foo()": "Foo()",
+    "train exp.py --set optimizer.learning_rate=0.1": "runs/tiny holds a run",
+    "train exp.py --set name=../../x": "name='../../x'",
+    "train exp.py --set seed=99999999999999999999": "seed=99999999999999999999",
+    "sweep nothing.py": "neither BASE",
+    "sweep equal.py": "'a' and 'b' are equal",
+    "sweep exp.py --seeds a,b": "--seeds 'a,b'",
+    "sweep exp.py --seeds 0,0": "a seed twice",
+    "quickstart exp.py": "needs 'scratch'",
+    f"{TEACHER} x --seq-len 999": "seq_len=999",
+    f"{TEACHER} x --seq-len 32 --num-sequences 0": "--num-sequences: 0",
+    f"{TEACHER} shards --seq-len 32 --draws 8 --num-sequences 41": "num_records = 40, not 41",
+    f"{TEACHER} shards --seq-len 32 --num-sequences 40 --draws 9": "draws = 8, not 9",
+    f"{TEACHER} good.jsonl --seq-len 32": "good.jsonl",
+    "teacher nowhere tokens x --seq-len 32": "nowhere is not the folder of a run",
+    "teacher runs/tiny nowhere x --seq-len 32": "nowhere holds no finished token set",
+    "teacher verify nowhere": "nowhere",
+    "teacher verify tokens": "gemma_jax tokens",
+    "teacher verify shards --checkpoint runs/distilled": "not the teacher",
+    "teacher verify shards --sample 0": "--sample: 0",
+    "eval runs/tiny": "either",
+    "eval runs/tiny --data tokens --source good.jsonl": "not both",
+    "eval runs/tiny --data tokens --seq-len 99": "seq_len=99",
+    "eval runs/tiny --data tokens --batch-size 0": "--batch-size: 0",
+    "eval runs/tiny/checkpoints/3 --data tokens": "no checkpoint of step 3",
+    f"{GENERATE} --temperature -1": "temperature=-1.0",
+    f"{GENERATE} --top-p 2": "top_p=2.0",
+    f"{GENERATE} --top-k 0": "--top-k: 0",
+    f"{GENERATE} --max-new-tokens 999": "999 new ones leave",
+    f"{GENERATE} --seed -1": "--seed: -1",
+    "generate runs/tiny": "--prompt",
+    "generate runs/tiny --prompt \udcff": "Unicode",
+    "inspect gemma9": "'gemma9' is no preset",
+    "inspect nowhere.py": "nowhere.py",
+    "inspect gemma3_1b --set nope=1": "no setting 'nope'",
+    "inspect gemma3_1b --seq-len 99999": "--seq-len 99999",
+    "inspect gemma3_1b --arg a=1": "--arg",
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(made: dict[str, Any]) -> None:
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes(b"caf\xe9 bar" * 50)
+    Path("broken.jsonl").write_text('{"text": "abc"}\n{"text": "ab\n')
+    Path("field.jsonl").write_text('{"body": "abc"}\n')
+    Path("nothing.py").write_text("x = 1\n")
+    Path("syntax.py").write_text("def :\n")
+    Path("mistake.py").write_text("x = 1\nBASE = Experiment()\n")
+    Path("kind.py").write_text("BASE = 3\n")
+    Path("equal.py").write_text(EXPERIMENT + "SWEEP = points(BASE, a={}, b={'seq_len': 32})\n")
+
+
+@pytest.mark.usefixtures("mistaken")
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_sentence(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert MISTAKES[line] in refused(line.split(" "), capsys)
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
+
+
+def edited(**changes: Any) -> Any:
+    return lambda data: json.dumps(json.loads(data) | changes).encode()
+
+
+DAMAGE = {
+    "shard-cut": ("shards/*.arrayrecord", cut, "teacher verify shards", "manifest says"),
+    "shard-flipped": ("shards/*.arrayrecord", flipped, "teacher verify shards", "is damaged"),
+    "manifest-cut": ("shards/manifest.json", cut, "teacher verify shards", "not valid JSON"),
+    "tokens-cut": ("tokens/*.arrayrecord", cut, "eval runs/tiny --data tokens", "is damaged"),
+    "tokenizer-cut": ("runs/tiny/tokenizer.model", cut, GENERATE, "not a SentencePiece model"),
+    "tokenizer-empty": ("runs/tiny/tokenizer.model", lambda _: b"", GENERATE, "SentencePiece"),
+    "model-cut": ("runs/tiny/model.json", cut, GENERATE, "not valid JSON"),
+    "model-list": ("runs/tiny/model.json", lambda _: b"[]", GENERATE, "model.json"),
+    "model-unknown": ("runs/tiny/model.json", edited(foo=1), GENERATE, "foo"),
+    "model-type": ("runs/tiny/model.json", edited(num_layers="x"), GENERATE, "model.json"),
+    "model-none": ("runs/tiny/model.json", edited(num_layers=None), GENERATE, "num_layers"),
+    "model-other": ("runs/tiny/model.json", edited(embed_dim=32), GENERATE, "another model"),
+    "experiment": (
+        *("runs/tiny/experiment.json", lambda _: b"{}"),
+        *("eval runs/tiny --data tokens", "experiment.json"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_one_sentence(
+    name: str, sandbox: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern, harm, line, words = DAMAGE[name]
+    files = [path for path in sandbox.glob(pattern) if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(harm(path.read_bytes()))
+    assert words in refused(line.split(), capsys)
+
+
+def test_missing_weights_and_manifest(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("runs/tiny/checkpoints")
+    Path("shards/manifest.json").unlink()
+    assert "no checkpoint" in refused(GENERATE.split(), capsys)
+    assert "not finished" in refused(["teacher", "verify", "shards"], capsys)
+
+
+def test_nothing_is_printed_that_json_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = cli._parser().parse_args(["inspect", "x", "--json"])
+    cli._print(arguments, {"a": float("nan"), "b": [float("inf"), 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5]}
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "gemma_jax", *argv]
+
+
+def environment() -> dict[str, str]:
+    root = Path(cli.__file__).parent.parent
+    return os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("nonsense",)])
+def test_help_needs_no_jax(argv: tuple[str, ...]) -> None:
+    code = "import sys; from gemma_jax.cli import main\ntry: main(sys.argv[1:])\nfinally: "
+    code += "assert not {'jax', 'numpy', 'flax'} & sys.modules.keys()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *argv], env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == (0 if argv == ("--help",) else 2), ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_damaged_weights(sandbox: Path) -> None:
+    """In a process of its own: TensorStore's threads complain into whatever runs next."""
+    for path in sandbox.glob("runs/tiny/checkpoints/*/params/**/d/*"):
+        path.write_bytes(cut(path.read_bytes()))
+    ended = subprocess.run(
+        command(*GENERATE.split()), env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert "is damaged; copy it again" in ended.stderr
+
+
+def test_interrupted_training_goes_on(made: dict[str, Any]) -> None:
+    argv = command("train", "exp.py", "--arg", "name=stopped", "--arg", "tokens=25600000", "--json")
+    with subprocess.Popen(
+        argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(Path("runs/stopped").glob("checkpoints/[0-9]*")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not Path("runs/stopped/result.json").exists()
+    last = max(int(path.name) for path in Path("runs/stopped/checkpoints").glob("[0-9]*"))
+    assert last > 0
