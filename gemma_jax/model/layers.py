@@ -1,5 +1,6 @@
 """RMSNorm, rotary positions and the gated MLP of Gemma 3 (arXiv 2503.19786, section 2)."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -31,9 +32,18 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
         weight: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * (1 + weight)).astype(x.dtype)
+        return _rms_norm(x, weight, self.eps)
+
+
+# Norms, rotations and gates are cheap to compute and, in float32, dear to keep: with
+# `jax.checkpoint` the backward pass gets them from their inputs again.
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _rms_norm(x: Float[Array, "*b D"], weight: Float[Array, " D"], eps: float) -> Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * (1 + weight)).astype(x.dtype)
 
 
 def rope(
@@ -43,6 +53,11 @@ def rope(
 
     Gemma's half-split form; angles and rotation in float32.
     """
+    return _rotate(x, positions, base, scale)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def _rotate(x: Array, positions: Array, base: float, scale: float) -> Array:
     half = x.shape[-1] // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / half
     frequencies = base**-exponents / scale
@@ -63,5 +78,10 @@ class MLP(nn.Module):
         D, F = self.config.embed_dim, self.config.mlp_dim
         gate = x @ kernel(self, "gate", (D, F), ("embed", "mlp"), D)
         up = x @ kernel(self, "up", (D, F), ("embed", "mlp"), D)
-        hidden = nn.gelu(gate, approximate=True) * up
+        hidden = _geglu(gate, up)
         return hidden @ kernel(self, "down", (F, D), ("mlp", "embed"), F)
+
+
+@jax.checkpoint
+def _geglu(gate: Array, up: Array) -> Array:
+    return nn.gelu(gate, approximate=True) * up

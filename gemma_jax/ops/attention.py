@@ -7,6 +7,7 @@ in `_choose` when it applies, and let it refuse what it cannot do exactly.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -55,6 +56,9 @@ def _reference(
     return _attend(q, k, v, dense_mask(spec, q.shape[1], k.shape[1]), softcap)
 
 
+# The backward pass computes scores and weights again from q and k: kept, they would be the largest
+# tensors of a layer, and reading them back takes longer than their matmul.
+@functools.partial(jax.checkpoint, static_argnums=4)
 def _attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
