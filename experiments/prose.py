@@ -60,7 +60,7 @@ TEACHER = dataclasses.replace(
     name="prose/teacher",
     model=TEACHER_MODEL,
     optimizer=AdamW(learning_rate=1e-3, weight_decay=0.8),
-    train=dataclasses.replace(BASE.train, microbatches=4),  # memory: the whole batch needs 96 GiB
+    train=dataclasses.replace(BASE.train, microbatches=2),  # memory: 80 GB cards
 )
 
 SHARDS = TeacherRun(path="runs/prose/shards", teacher=TEACHER, draws=64, batch_size=64)
