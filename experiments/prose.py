@@ -42,7 +42,7 @@ TEACHER_MODEL = dataclasses.replace(
 )
 
 # 21.5M tokens an epoch.
-TOKENS = argument("tokens", 90_000_000)
+TOKENS = argument("tokens", 86_200_000)
 
 BASE = Experiment(
     name="prose",
