@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gemma_jax import cli
+from gemma_jax import arguments, cli
 
 EXPERIMENT = """
 from gemma_jax.experiment import Experiment
@@ -142,12 +142,13 @@ def test_finished_work_returns_at_once(made: dict[str, Any]) -> None:
 
 
 def test_verbs_and_options_are_frozen() -> None:
-    (verbs,) = (a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))
+    (verbs,) = (a.choices for a in arguments.parser()._actions if isinstance(a.choices, dict))
     found = {
         name: {o for a in one._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
         for name, one in verbs.items()
     }
     assert found == OPTIONS
+    assert cli._VERBS.keys() == OPTIONS.keys()
 
 
 TEACHER = "teacher runs/tiny tokens"
@@ -300,8 +301,9 @@ def test_missing_weights_and_manifest(sandbox: Path, capsys: pytest.CaptureFixtu
 
 
 def test_nothing_is_printed_that_json_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = cli._parser().parse_args(["inspect", "x", "--json"])
-    cli._print(arguments, {"a": float("nan"), "b": [float("inf"), 1.5]})
+    cli._print(
+        arguments.parse(["inspect", "x", "--json"]), {"a": float("nan"), "b": [float("inf"), 1.5]}
+    )
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5]}
 
 

@@ -1,0 +1,158 @@
+"""What the command line takes: its verbs, their arguments and help. What they do is in `cli.py`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+_TWO_WORDS = {("data", "build"), ("tokenizer", "train"), ("teacher", "verify")}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command; its verb, in one word (`data-build`), is `verb`."""
+    return parser().parse_args(_joined(argv))
+
+
+def seed(text: str) -> int:
+    """The type of a seed; also of those that `--seeds` lists."""
+    if not 0 <= (value := int(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is outside 0..{2**32 - 1}, the seeds there are")
+    return value
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`data build x` -> `data-build x`: argparse knows verbs of one word."""
+    if tuple(argv[:2]) in _TWO_WORDS:
+        return ["-".join(argv[:2]), *argv[2:]]
+    return list(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, like every other error of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        for words in _TWO_WORDS:
+            message = message.replace("-".join(words), " ".join(words))
+        print(f"error: {message}; see `{self.prog} --help`.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` on."""
+
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(
+                f"{value} is below {least}, the smallest that it takes"
+            )
+        return value
+
+    whole_number.__name__ = "whole number"  # what argparse calls it in its messages
+    return whole_number
+
+
+_positive = _at_least(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = _Parser(
+        prog="gemma-jax",
+        description="Gemma 3 for research: train, distil, measure, generate.",
+        epilog="Two-word verbs may be written with a space: data build, tokenizer train, "
+        "teacher verify.",
+    )
+    verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, help: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=help, description=help)
+        one.add_argument("--json", action="store_true", help="print one JSON value on stdout")
+        return one
+
+    one = verb("quickstart", "Text in, a distilled student out, and a verdict.")
+    one.add_argument("file", nargs="?", help="another experiment file of the same kind")
+    _settings_options(one)
+
+    one = verb("data-build", "Tokenise text into a token set.")
+    one.add_argument("path", help="folder of the token set")
+    _source_options(one)
+    _tokenizer_options(one)
+    one.add_argument("--tokenizer", help="a SentencePiece model, instead of training one")
+    one.add_argument("--valid-fraction", type=float, default=0.01, help="share held out")
+    one.add_argument("--workers", type=_positive, help="threads; all cores by default")
+
+    one = verb("tokenizer-train", "Train a SentencePiece model on text.")
+    one.add_argument("path", help="file of the model to write")
+    _source_options(one)
+    _tokenizer_options(one)
+
+    one = verb("train", "Train an experiment.")
+    one.add_argument("file", help="experiment file")
+    one.add_argument("--point", help="a point of its SWEEP, instead of BASE")
+    _settings_options(one)
+
+    one = verb("teacher", "Run a trained model over a token set and write its targets.")
+    one.add_argument("checkpoint", help="folder of a run")
+    one.add_argument("data", help="folder of a token set")
+    one.add_argument("path", help="folder of the shards to write")
+    one.add_argument("--seq-len", type=_at_least(2), required=True)
+    one.add_argument("--draws", type=_positive, default=64, help="draws a token")
+    one.add_argument("--method", default="systematic", choices=("systematic", "multinomial"))
+    one.add_argument("--seed", type=seed, default=0)
+    one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
+    one.add_argument("--num-sequences", type=_positive, help="all of the training split by default")
+
+    one = verb("teacher-verify", "Read shards again from end to end and check them.")
+    one.add_argument("path", help="folder of the shards")
+    one.add_argument("--checkpoint", help="the teacher's run, to recompute a sample of records")
+    one.add_argument("--sample", type=_positive, default=32, help="records to recompute")
+
+    one = verb("sweep", "Run every point of an experiment file's SWEEP.")
+    one.add_argument("file", help="experiment file")
+    one.add_argument("--seeds", help="seeds instead of the file's, such as 0,1,2")
+    _settings_options(one)
+
+    one = verb("eval", "Bits per byte, perplexity and accuracy on text.")
+    one.add_argument("checkpoint", help="folder of a run")
+    one.add_argument("--data", help="folder of a token set: its validation split")
+    _source_options(one, required=False)
+    one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence; the run's by default")
+    one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
+
+    one = verb("generate", "Continue prompts.")
+    one.add_argument("checkpoint", help="folder of a run")
+    one.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    one.add_argument("--max-new-tokens", type=_positive, default=64)
+    one.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    one.add_argument("--top-k", type=_positive)
+    one.add_argument("--top-p", type=float)
+    one.add_argument("--seed", type=seed, default=0)
+
+    one = verb("inspect", "Layers, shapes, parameters, FLOPs and cache of a model.")
+    one.add_argument("what", help="an experiment file, the name of a preset, or a run's folder")
+    one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence for the FLOPs")
+    _settings_options(one)
+    return whole
+
+
+def _settings_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting"
+    )
+    parser.add_argument(
+        "--arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the file"
+    )
+
+
+def _source_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--source",
+        action="append",
+        required=required,
+        help="file, glob, folder, hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT or stdlib; may be "
+        "given several times",
+    )
+    parser.add_argument("--text-field", default="text", help="field of JSON lines and Parquet")
+
+
+def _tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vocab-size", type=_positive, default=8192)
