@@ -23,6 +23,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         causes = {
             errno.ENOSPC: "the disk is full; free some space and run the same command again",
+            errno.EFBIG: "the file is over the size limit; raise it (ulimit -f) and run again",
             errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.EACCES: "permission is denied; choose a folder that you may write to",

@@ -16,18 +16,28 @@ STOPPED = "\nstopped; the same command goes on from the last thing saved."
 
 
 def quiet_threads() -> None:
-    """Threads of TensorBoard and TensorStore print tracebacks after a disk error or a damaged file
-    that the main thread puts into a sentence; these alone are dropped."""
+    """Threads of TensorBoard, Orbax and TensorStore print tracebacks after a disk error or a
+    damaged file that the main thread puts into a sentence; these alone are dropped."""
 
     def in_thread(failure: threading.ExceptHookArgs) -> None:
-        if not isinstance(failure.exc_value, OSError):
+        if not _of_disk(failure.exc_value):
             threading.__excepthook__(failure)
 
-    def in_callback(kind: Any, error: BaseException, trace: Any) -> None:
-        if str(error) != "Event loop is closed":
-            sys.__excepthook__(kind, error, trace)
+    def in_callback(failure: Any) -> None:
+        # The first array that cannot be read ends Orbax's event loop; TensorStore tells of the
+        # others afterwards.
+        if not _of_disk(failure.exc_value) and str(failure.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(failure)
 
-    threading.excepthook, sys.excepthook = in_thread, in_callback
+    threading.excepthook, sys.unraisablehook = in_thread, in_callback
+    logging.getLogger("absl").addFilter(
+        lambda record: not (record.exc_info and _of_disk(record.exc_info[1]))
+    )
+
+
+def _of_disk(error: BaseException | None) -> bool:
+    """Whether it comes from the operating system; TensorStore hands that on in a text alone."""
+    return isinstance(error, OSError) or "os_error_code=" in str(error)
 
 
 def import_uninterrupted(module: str) -> None:

@@ -3,43 +3,15 @@
 import contextlib
 import io
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import BUILD, EXPERIMENT, cut, write_inputs
 
 from gemma_jax import arguments, cli
-
-EXPERIMENT = """
-from gemma_jax.experiment import Experiment
-from gemma_jax.experiment_file import argument
-from gemma_jax.model.config import ModelConfig
-from gemma_jax.sweep import points
-from gemma_jax.training.loop import LoopConfig
-
-BASE = Experiment(
-    name=argument("name", "tiny"),
-    model=ModelConfig(
-        vocab_size=400, embed_dim=16, mlp_dim=32, num_layers=2, num_heads=2, num_kv_heads=1,
-        head_dim=8, max_seq_len=64, attn_pattern="LG", sliding_window=8, compute_dtype="float32",
-    ),
-    data="tokens",
-    tokens=argument("tokens", 1024),
-    batch_tokens=256,
-    seq_len=32,
-    valid_tokens=256,
-    train=LoopConfig(eval_every=4, checkpoint_every=2),
-)
-SWEEP = points(BASE, a={}, b={"model.attn_pattern": "L"})
-"""
 
 OPTIONS = {
     "quickstart": {"--arg", "--json", "--set"},
@@ -68,17 +40,12 @@ OPTIONS = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What every verb prints with --json, in a folder that holds all that they wrote."""
     folder = tmp_path_factory.mktemp("cli")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(300)]
-    documents = [" ".join(draw.choices(words, k=120)) for _ in range(60)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
-    (folder / "good.jsonl").write_text(lines)
-    (folder / "exp.py").write_text(EXPERIMENT)
+    write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         distilled = "objective=Distill(shards='shards')"
         verbs = {
-            "data": "data build tokens --source good.jsonl --vocab-size 400 --valid-fraction 0.1",
+            "data": BUILD,
             "train": "train exp.py",
             "teacher": "teacher runs/tiny tokens shards --seq-len 32 --draws 8 --num-sequences 40",
             "verify": "teacher verify shards --checkpoint runs/tiny --sample 4",
@@ -248,10 +215,6 @@ def test_a_mistake_is_one_sentence(line: str, capsys: pytest.CaptureFixture[str]
     assert MISTAKES[line] in refused(line.split(" "), capsys)
 
 
-def cut(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
 def flipped(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
@@ -305,55 +268,3 @@ def test_nothing_is_printed_that_json_does_not_know(capsys: pytest.CaptureFixtur
         arguments.parse(["inspect", "x", "--json"]), {"a": float("nan"), "b": [float("inf"), 1.5]}
     )
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5]}
-
-
-def command(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "gemma_jax", *argv]
-
-
-def environment() -> dict[str, str]:
-    root = Path(cli.__file__).parent.parent
-    return os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.mark.parametrize("argv", [("--help",), ("nonsense",)])
-def test_help_needs_no_jax(argv: tuple[str, ...]) -> None:
-    code = "import sys; from gemma_jax.cli import main\ntry: main(sys.argv[1:])\nfinally: "
-    code += "assert not {'jax', 'numpy', 'flax'} & sys.modules.keys()"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *argv], env=environment(), capture_output=True, text=True
-    )
-    assert ended.returncode == (0 if argv == ("--help",) else 2), ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_damaged_weights(sandbox: Path) -> None:
-    """In a process of its own: TensorStore's threads complain into whatever runs next."""
-    for path in sandbox.glob("runs/tiny/checkpoints/*/params/**/d/*"):
-        path.write_bytes(cut(path.read_bytes()))
-    ended = subprocess.run(
-        command(*GENERATE.split()), env=environment(), capture_output=True, text=True
-    )
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert "is damaged; copy it again" in ended.stderr
-
-
-def test_interrupted_training_goes_on(made: dict[str, Any]) -> None:
-    argv = command("train", "exp.py", "--arg", "name=stopped", "--arg", "tokens=25600000", "--json")
-    with subprocess.Popen(
-        argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not list(Path("runs/stopped").glob("checkpoints/[0-9]*")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == ""
-    assert "Traceback" not in err
-    assert not Path("runs/stopped/result.json").exists()
-    last = max(int(path.name) for path in Path("runs/stopped/checkpoints").glob("[0-9]*"))
-    assert last > 0

@@ -5,6 +5,9 @@ One checkpoint holds `params` (and `ema`) apart from `progress` (step and optimi
 can go on), and a reader of the weights touches nothing else.
 """
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from gemma_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 BEST_METRIC = "valid/bits_per_byte"
+_DAMAGE = (ValueError, OSError, KeyError)  # what Orbax and TensorStore raise for it
 
 
 class Checkpoints:
@@ -62,7 +66,7 @@ class Checkpoints:
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
         best = metrics if metrics and BEST_METRIC in metrics else None
-        with disk_errors(self._folder):
+        with _write_errors(self._folder):
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=best)
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
@@ -74,7 +78,14 @@ class Checkpoints:
         }
         if like.ema is not None:
             items["ema"] = ocp.args.StandardRestore(like.ema)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except _DAMAGE as error:
+            place = self._folder / str(step)
+            raise UserError(
+                f"the checkpoint {place} is damaged; copy it again, or delete that folder to go on "
+                "from the one before."
+            ) from error
         batches.set_state(restored["data"])
         progress = restored["progress"]
         return TrainState(
@@ -83,12 +94,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
-        with disk_errors(self._folder):
+        with _write_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with disk_errors(self._folder):
+        with _write_errors(self._folder):
             self._manager.close()
+
+
+@contextlib.contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """`disk_errors`, also where TensorStore hands on the disk's error in the text of its own."""
+    with disk_errors(folder):
+        try:
+            yield
+        except ValueError as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error)) from error
 
 
 def checkpoint_steps(folder: str | Path) -> list[int]:
@@ -120,7 +144,7 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
             return reader.restore(item, like)
     except UserError:
         raise
-    except (ValueError, OSError, KeyError) as error:  # what Orbax and TensorStore raise
+    except _DAMAGE as error:
         raise UserError(
             f"the checkpoint {place} is damaged; copy it again, or give another one of the run, "
             f"which has {steps}."

@@ -1,0 +1,130 @@
+"""The command as a process: what it prints when things go wrong, how it stops and goes on."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import BUILD, command, cut, ended, environment, write_inputs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a token set and a finished run."""
+    folder = tmp_path_factory.mktemp("process")
+    write_inputs(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in (BUILD, "train exp.py"):
+            process = ended(command(*line.split()))
+            assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture
+def sandbox(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder to work in."""
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("nonsense",)])
+def test_help_needs_no_jax(argv: tuple[str, ...]) -> None:
+    code = "import sys; from gemma_jax.cli import main\ntry: main(sys.argv[1:])\nfinally: "
+    code += "assert not {'jax', 'numpy', 'flax'} & sys.modules.keys()"
+    process = ended([sys.executable, "-c", code, *argv])
+    assert process.returncode == (0 if argv == ("--help",) else 2), process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("generate runs/tiny --prompt a", "give another one of the run"),
+        ("train exp.py", "delete that folder to go on"),
+    ],
+)
+def test_damaged_weights(sandbox: Path, line: str, words: str) -> None:
+    for path in sandbox.glob("runs/tiny/checkpoints/*/params/**/d/*"):
+        path.write_bytes(cut(path.read_bytes()))
+    Path("runs/tiny/result.json").unlink()  # so that `train` goes on
+    process = ended(command(*line.split()))
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert len(process.stderr.splitlines()) == 1
+    assert "is damaged; copy it again" in process.stderr
+    assert words in process.stderr
+
+
+def test_a_checkpoint_that_the_disk_refuses(sandbox: Path) -> None:
+    """The limit of a file's size stands in for a full disk, and the same command goes on."""
+    argv = command("train", "exp.py", "--arg", "name=refused", "--set", "model.mlp_dim=2048")
+    process = ended(["bash", "-c", 'ulimit -f 512 && exec "$@"', "-", *argv])
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert len(process.stderr.splitlines()) == 1
+    assert process.stderr.startswith("error: cannot write runs/refused/checkpoints: ")
+    assert ended(argv).returncode == 0
+
+
+def test_interrupted_training_goes_on(sandbox: Path) -> None:
+    """Killed, then interrupted, then left alone: the numbers are those of one go."""
+    settings = "--set train.checkpoint_every=40 --set train.eval_every=100"
+    line = f"train exp.py --json {settings} --arg tokens=102400 --arg name="
+    whole = ended(command(*f"{line}whole".split()))
+    assert whole.returncode == 0, whole.stderr
+
+    code, _, err = stopped(f"{line}stopped", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert err == ""
+    code, out, err = stopped(f"{line}stopped", signal.SIGINT)
+    assert code == 130, err
+    assert out == ""
+    assert re.fullmatch(r"\nstopped stopped at step \d+ of 400 and is saved; .*\.\n", err)
+    assert not Path("runs/stopped/result.json").exists()
+
+    resumed = ended(command(*f"{line}stopped".split()))
+    assert resumed.returncode == 0, resumed.stderr
+    assert untimed(json.loads(resumed.stdout)) == untimed(json.loads(whole.stdout))
+    assert metrics("stopped") == metrics("whole")
+
+
+def stopped(line: str, number: signal.Signals) -> tuple[int, str, str]:
+    """Sends a signal once there is a new checkpoint; gives exit code, stdout and stderr."""
+    checkpoints = Path("runs/stopped/checkpoints")
+    before = set(checkpoints.glob("[0-9]*"))
+    with subprocess.Popen(
+        command(*line.split()),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not {path for path in checkpoints.glob("[0-9]*") if path.name.isdigit()} - before:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def metrics(name: str) -> list[dict[str, Any]]:
+    lines = Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()
+    return [untimed(json.loads(line)) for line in lines]
+
+
+def untimed(values: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of the same settings must share: all but their name and their speed."""
+    own = ("name", "wall_s", "tokens_per_s", "mfu", "data_wait")
+    return {
+        key: untimed(x) if isinstance(x, dict) else x for key, x in values.items() if key not in own
+    }
