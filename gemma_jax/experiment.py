@@ -6,17 +6,15 @@ first use (`run`), and found again afterwards.
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 
 from gemma_jax import runs, trained
 from gemma_jax.data.loader import Stage, train_stream
-from gemma_jax.data.packing import packed_sequences
+from gemma_jax.data.packing import valid_sequences
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
 from gemma_jax.distill.objective import Distill
@@ -182,7 +180,7 @@ def build(experiment: Experiment) -> Job:
         flops_per_token=flops_per_token(config, experiment.seq_len),
         evaluate=make_evaluation(
             model,
-            _valid_sequences(sources, experiment.seq_len, experiment.valid_tokens),
+            valid_sequences(sources.values(), experiment.seq_len, experiment.valid_tokens),
             tokenizer.token_bytes(),
             layout,
             batch_size=rows,
@@ -284,18 +282,6 @@ def _batches(
         seed=experiment.seed,
         **host,
     )
-
-
-def _valid_sequences(
-    sources: dict[str, TokenSet], seq_len: int, max_tokens: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Held-out sequences, an equal share of `max_tokens` from each source."""
-    for tokens in sources.values():
-        limit = max(1, max_tokens // len(sources) // seq_len)
-        for i, sequence in enumerate(packed_sequences(tokens, "valid", seq_len, seed=0)):
-            if i == limit:
-                break
-            yield sequence
 
 
 # What a setting can be made of on the command line: `--set "optimizer=Muon(learning_rate=1e-3)"`.

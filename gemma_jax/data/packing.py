@@ -7,7 +7,8 @@ labels `d[1:]`; every such pair comes exactly once a pass. Where a sequence ends
 the rest is a segment of its own in the next sequence, with positions from 0.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -153,6 +154,15 @@ def packed_sequences(token_set: TokenSet, split: str, seq_len: int, seed: int = 
     """
     documents = token_set.documents(split)
     return PackedPass(PackedStream(documents, seq_len, seed, shuffle_sequences=False))
+
+
+def valid_sequences(
+    token_sets: Collection[TokenSet], seq_len: int, max_tokens: int
+) -> Iterator[Batch]:
+    """Held-out sequences, the same ones each time: an equal share of `max_tokens` from each set."""
+    limit = max(1, max_tokens // len(token_sets) // seq_len)
+    for token_set in token_sets:
+        yield from itertools.islice(packed_sequences(token_set, "valid", seq_len), limit)
 
 
 def check_seq_len(seq_len: int) -> None:
