@@ -63,6 +63,7 @@ def test_damaged_weights(sandbox: Path, line: str, words: str) -> None:
     assert words in process.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_disk_refuses(sandbox: Path) -> None:
     """The limit of a file's size stands in for a full disk, and the same command goes on."""
     argv = command("train", "exp.py", "--arg", "name=refused", "--set", "model.mlp_dim=2048")
@@ -74,6 +75,7 @@ def test_a_checkpoint_that_the_disk_refuses(sandbox: Path) -> None:
     assert ended(argv).returncode == 0
 
 
+@pytest.mark.slow
 def test_interrupted_training_goes_on(sandbox: Path) -> None:
     """Killed, then interrupted, then left alone: the numbers are those of one go."""
     settings = "--set train.checkpoint_every=40 --set train.eval_every=100"
