@@ -124,14 +124,7 @@ def load_model(folder: str | Path, *, layout: Layout | None = None) -> LoadedMod
     Weights are the average where the run kept one. They go where `layout` says, or to the first
     device.
     """
-    folder, step = Path(folder), None
-    if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
-        folder, step = folder.parent.parent, int(folder.name)
-    if not (folder / MODEL).exists():
-        raise UserError(
-            f"{folder} is not the folder of a run: it has no {MODEL}; give runs/NAME, or "
-            f"runs/NAME/{CHECKPOINTS}/STEP."
-        )
+    folder, step = run_and_step(folder)
     model = Transformer(read_config(folder / MODEL))
     shapes = model.shapes()
     if layout is None:
@@ -146,6 +139,19 @@ def load_model(folder: str | Path, *, layout: Layout | None = None) -> LoadedMod
     )
     params = load_params(folder, like, step)
     return LoadedModel(model, params, Tokenizer.load(folder / TOKENIZER))
+
+
+def run_and_step(folder: str | Path) -> tuple[Path, int | None]:
+    """The run of a folder that is a run or one of its checkpoints, and that checkpoint's step."""
+    folder, step = Path(folder), None
+    if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
+        folder, step = folder.parent.parent, int(folder.name)
+    if not (folder / MODEL).exists():
+        raise UserError(
+            f"{folder} is not the folder of a run: it has no {MODEL}; give runs/NAME, or "
+            f"runs/NAME/{CHECKPOINTS}/STEP."
+        )
+    return folder, step
 
 
 def trained_seq_len(folder: str | Path) -> int:

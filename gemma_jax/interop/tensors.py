@@ -51,7 +51,12 @@ def pieces(tensors: Tensors, name: str, weight: Weight) -> Iterator[tuple[int, i
         step = max(1, _PIECE_BYTES // (4 * weight.foreign_shape[1]))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        yield start, stop, weight.from_foreign(tensors.read(name, start, stop))
+        value = tensors.read(name, start, stop)
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"tensor {name} of {tensors.where} holds NaN or infinity; fetch it again."
+            )
+        yield start, stop, weight.from_foreign(value)
 
 
 def by_name(weights: Iterable[Weight], attribute: str) -> dict[str, Weight]:

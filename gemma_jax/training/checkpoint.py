@@ -66,7 +66,7 @@ class Checkpoints:
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
         best = metrics if metrics and BEST_METRIC in metrics else None
-        with _write_errors(self._folder):
+        with write_errors(self._folder):
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=best)
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
@@ -94,16 +94,16 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
-        with _write_errors(self._folder):
+        with write_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _write_errors(self._folder):
+        with write_errors(self._folder):
             self._manager.close()
 
 
 @contextlib.contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
+def write_errors(folder: Path) -> Iterator[None]:
     """`disk_errors`, also where TensorStore hands on the disk's error in the text of its own."""
     with disk_errors(folder):
         try:
@@ -126,15 +126,8 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
 
     `like` is the tree of shapes (with shardings where wanted) of the model they should fit.
     """
-    steps = checkpoint_steps(folder)
-    if not steps:
-        raise UserError(
-            f"{folder} holds no checkpoint; give the folder of a run that has saved one."
-        )
-    if step is not None and step not in steps:
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
-    place = Path(folder).absolute() / FOLDER / str(step or steps[-1])
-    item = place / ("ema" if (place / "ema").exists() else "params")
+    item = weights_folder(folder, step)
+    place, steps = item.parent, checkpoint_steps(folder)
     try:
         with ocp.StandardCheckpointer() as reader:
             saved = reader.metadata(item).item_metadata
@@ -149,6 +142,19 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
             f"the checkpoint {place} is damaged; copy it again, or give another one of the run, "
             f"which has {steps}."
         ) from error
+
+
+def weights_folder(folder: str | Path, step: int | None = None) -> Path:
+    """Where a checkpoint keeps the weights to use: of `step` or the last; the average if kept."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise UserError(
+            f"{folder} holds no checkpoint; give the folder of a run that has saved one."
+        )
+    if step is not None and step not in steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
+    place = Path(folder).absolute() / FOLDER / str(steps[-1] if step is None else step)
+    return place / ("ema" if (place / "ema").exists() else "params")
 
 
 def _same_shapes(like: Any, saved: Any, place: Path) -> None:

@@ -1,0 +1,227 @@
+"""Models from and for other programs: Hugging Face folders and GGUF files, a tensor at a time."""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_jax import runs
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.errors import UserError
+from gemma_jax.files import PARTIAL_SUFFIX, disk_errors, read_json, write_json, write_text
+from gemma_jax.interop import gguf, hf, tokenizers
+from gemma_jax.interop.gguf_file import GgufFile
+from gemma_jax.interop.names import Weight, weight_table
+from gemma_jax.interop.tensors import Tensors, by_name, check_names, pieces
+from gemma_jax.model.config import ModelConfig, count_parameters
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.progress import progress
+from gemma_jax.training.weights import SavedWeights, WeightsWriter
+
+IMPORTED, MODELFILE = "imported.json", "Modelfile"
+_PIECE_BYTES = 64 << 20
+
+
+def import_model(source: str | Path, dest: str | Path) -> dict[str, Any]:
+    """Turns a Hugging Face folder or a GGUF file into a folder that every verb takes as a run.
+
+    The settings come from the file, never from its name; weights are kept in float32. Memory holds
+    one tensor (of an embedding, a piece). Returns what was imported.
+    """
+    source, dest = Path(source), Path(dest)
+    _must_be_new(dest)
+    if source.is_dir():
+        config, multimodal = hf.read_config(source)
+        tensors: Tensors = hf.HfTensors(source, multimodal=multimodal, tied=config.tied_embedding)
+        tokenizer, column = tokenizers.from_hf(source), "hf"
+    else:
+        file = GgufFile(source)
+        config = gguf.read_config(file)
+        tensors = gguf.GgufTensors(file, weight_table(config))
+        tokenizer, column = tokenizers.from_gguf(file.fields, str(source)), "gguf"
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} ids and its model "
+            f"{config.vocab_size}; they do not belong together."
+        )
+    wanted = by_name(weight_table(config), column)
+    check_names(tensors, wanted)
+    value = {"source": str(source), "format": column, "parameters": _size(wanted.values())}
+    with _aside(dest) as folder:
+        _write_weights(folder, config, tensors, wanted)
+        runs.describe_model(folder, config, tokenizer)
+        write_json(folder / IMPORTED, value)
+    return {"path": str(dest), **value}
+
+
+def export_model(
+    checkpoint: str | Path, dest: str | Path, *, format: str, dtype: str = "bf16"
+) -> dict[str, Any]:
+    """Writes the model of a run folder (or of `RUN/checkpoints/STEP`) for other programs.
+
+    Args:
+      format: "hf", a folder that transformers and mlx-lm load; or "gguf", a file that llama.cpp,
+        Ollama and LM Studio run, with a Modelfile beside it. `dest` is then the file if it ends
+        in .gguf, else a folder.
+      dtype: "f32", "bf16" or "f16"; for gguf also "q8_0" and "q4_0". Norms of a GGUF stay float32.
+    """
+    kinds = {"hf": hf.DTYPES, "gguf": gguf.DTYPES}
+    if format not in kinds:
+        raise UserError(f"format={format!r} must be one of {', '.join(kinds)}.")
+    if dtype not in kinds[format]:
+        raise UserError(f"dtype={dtype!r} of {format} must be one of {', '.join(kinds[format])}.")
+    run, step = runs.run_and_step(checkpoint)
+    config = runs.read_config(run / runs.MODEL)
+    tokenizer = Tokenizer.load(run / runs.TOKENIZER)
+    saved, weights, dest = SavedWeights(run, step), weight_table(config), Path(dest)
+    _must_be_new(dest)
+    with progress("export", len(weights)) as advance:
+        read = _reader(saved, advance)
+        if format == "hf":
+            settings = hf.to_config(config, dtype)
+            with _aside(dest) as folder:
+                hf.write_tensors(folder, weights, read, dtype)
+                tokenizers.to_hf(tokenizer, folder, context=config.max_seq_len)
+                write_json(folder / hf.CONFIG, settings)
+                write_json(folder / hf.GENERATION, hf.generation_config(tokenizer.vocab_size))
+                write_text(folder / "README.md", _card(run, config, dtype))
+        else:
+            fields = gguf.to_fields(config, tokenizers.to_gguf(tokenizer), dtype, run.name)
+            with _gguf_file(dest, f"{run.name}-{dtype}.gguf") as file:
+                gguf.write_model(file, fields, weights, read, dtype)
+    return {"path": str(dest), "format": format, "dtype": dtype, "parameters": _size(weights)}
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, tensors: Tensors, wanted: dict[str, Weight]
+) -> None:
+    shapes = Transformer(config).shapes()
+    writer = WeightsWriter(folder, shapes)
+    with progress("import", len(wanted)) as advance:
+        for path, names in _by_parameter(wanted).items():
+            weight = wanted[names[0]]
+            if weight.layer is None:
+                for start, stop, value in pieces(tensors, names[0], weight):
+                    writer.write(path, start, stop, value)
+            else:
+                stack = np.empty((len(names), *weight.shape), np.float32)
+                for name in names:
+                    weight = wanted[name]
+                    ((_, _, stack[weight.layer]),) = pieces(tensors, name, weight)
+                writer.write(path, 0, len(names), stack)
+            advance(len(names))
+
+
+def _by_parameter(wanted: dict[str, Weight]) -> dict[tuple[str, ...], list[str]]:
+    """The foreign tensors of each parameter of ours: one, or one a layer."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, weight in wanted.items():
+        names.setdefault(weight.path, []).append(name)
+    return names
+
+
+def _reader(
+    saved: SavedWeights, advance: Callable[[int], None]
+) -> Callable[[Weight], Iterator[np.ndarray]]:
+    """A tensor's rows as a foreign file holds them: an embedding in pieces, all else whole."""
+
+    def read(weight: Weight) -> Iterator[np.ndarray]:
+        rows = weight.shape[0]
+        step = rows
+        if weight.kind == "embedding":
+            step = max(1, _PIECE_BYTES // (4 * weight.shape[1]))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield weight.to_foreign(saved.read(weight.path, weight.layer, start, stop))
+        advance(1)
+
+    return read
+
+
+def _must_be_new(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; give another place, or remove it.")
+
+
+@contextlib.contextmanager
+def _aside(dest: Path) -> Iterator[Path]:
+    """A folder beside `dest` that takes its name when all of it is written."""
+    aside = dest.with_name(dest.name + PARTIAL_SUFFIX)
+    with disk_errors(dest):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    try:
+        yield aside
+        with disk_errors(dest):
+            aside.rename(dest)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _gguf_file(dest: Path, name: str) -> Iterator[Path]:
+    """The file to write, in a new folder `dest` or as `dest` itself; a Modelfile beside it."""
+    if dest.suffix != ".gguf":
+        with _aside(dest) as folder:
+            yield folder / name
+            write_text(folder / MODELFILE, gguf.modelfile(name))
+        return
+    aside = dest.with_name(dest.name + PARTIAL_SUFFIX)
+    with disk_errors(dest):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        aside.replace(dest)
+        write_text(dest.with_name(f"{dest.stem}.{MODELFILE}"), gguf.modelfile(dest.name))
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _size(weights: Iterable[Weight]) -> int:
+    return sum(math.prod(weight.shape) for weight in weights)
+
+
+def _card(run: Path, config: ModelConfig, dtype: str) -> str:
+    """The model card: what it is and, where a run says so, how it was trained."""
+    count = count_parameters(config)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [gemma3, gemma_jax]",
+        "---",
+        f"# {run.name}",
+        "",
+        f"A Gemma 3 text model of {count.total:,} parameters ({count.embedding:,} of them in "
+        f"embeddings), {config.num_layers} layers of the pattern `{config.attn_pattern}` with a "
+        f"window of {config.sliding_window} tokens, context {config.max_seq_len}. Weights in "
+        f"{dtype}, written by gemma_jax.",
+    ]
+    if (run / IMPORTED).exists():
+        origin = read_json(run / IMPORTED, "the origin of an imported model")
+        lines += [
+            "",
+            f"Its weights were imported from `{Path(origin['source']).name}`; the terms "
+            "of that model go with them.",
+        ]
+    if (run / runs.EXPERIMENT).exists():
+        described = read_json(run / runs.EXPERIMENT, "the settings of a run")
+        settings = described["experiment"]
+        result = runs.read_result(run) or {}
+        lines += ["", "## Training", ""]
+        lines += [
+            f"- {key.replace('_', ' ')}: {settings[key]}"
+            for key in ("tokens", "batch_tokens", "seq_len", "seed")
+            if key in settings
+        ]
+        for key in ("objective", "optimizer"):
+            if isinstance(settings.get(key), dict):
+                lines.append(f"- {key}: {settings[key].get('type', key)}")
+        if "bits_per_byte" in result:
+            lines.append(f"- bits per byte on held-out text: {result['bits_per_byte']:.4f}")
+        lines.append(f"- commit of gemma_jax: {described.get('commit')}")
+    return "\n".join(lines) + "\n"

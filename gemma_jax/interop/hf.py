@@ -1,0 +1,337 @@
+"""Hugging Face folders: config.json and safetensors, as `Gemma3ForCausalLM` of transformers 5.
+
+Reads text-only models and the text half of multimodal ones, the older spelling of the settings
+(`rope_theta`, `rope_local_base_freq`, `rope_scaling`, `sliding_window_pattern`) and the newer one
+(`rope_parameters`, `layer_types`). Values that a config leaves out are those of transformers'
+`Gemma3TextConfig`.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, PAD
+from gemma_jax.errors import UserError
+from gemma_jax.files import disk_errors, read_json
+from gemma_jax.interop.names import Weight, pattern_of
+from gemma_jax.model.config import ModelConfig
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+INDEX = "model.safetensors.index.json"
+_TEXT = "Gemma3ForCausalLM"
+_MULTIMODAL = "Gemma3ForConditionalGeneration"
+# The text half of a multimodal model under today's names and those before transformers 4.52.
+_TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+_DTYPES: dict[str, tuple[str, np.dtype]] = {
+    "f32": ("F32", np.dtype("<f4")),
+    "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "f16": ("F16", np.dtype("<f2")),
+}
+DTYPES = tuple(_DTYPES)
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_FILE_BYTES = 4 << 30  # a new safetensors file is begun beyond this
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, bool]:
+    """The model's settings by config.json, and whether it is half of a multimodal one."""
+    path = folder / CONFIG
+    values = read_json(path, "the settings of a Hugging Face model")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not the settings of a model; fetch it again.")
+    architecture = (values.get("architectures") or ["none"])[0]
+    if architecture not in (_TEXT, _MULTIMODAL):
+        raise UserError(
+            f"{path} describes the architecture {architecture}; only {_TEXT} and {_MULTIMODAL} "
+            "can be imported."
+        )
+    if architecture == _MULTIMODAL:
+        values = values.get("text_config") or {}
+    try:
+        return _config(values, path), architecture == _MULTIMODAL
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not describe a Gemma 3 model: {error!r}; fetch it again."
+        ) from error
+
+
+def _config(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    def get(name: str, default: Any) -> Any:
+        value = values.get(name)
+        return default if value is None else value
+
+    for name, fixed in (
+        ("hidden_activation", "gelu_pytorch_tanh"),
+        ("attention_bias", False),
+        ("use_bidirectional_attention", False),
+    ):
+        if get(name, fixed) != fixed:
+            raise UserError(f"{path} has {name}={values[name]!r}; only {fixed!r} can be imported.")
+    layers = int(get("num_hidden_layers", 26))
+    ropes = _ropes(values, path)
+    head_dim, scalar = int(get("head_dim", 256)), float(get("query_pre_attn_scalar", 256))
+    return ModelConfig(
+        vocab_size=int(get("vocab_size", 262_208)),
+        embed_dim=int(get("hidden_size", 2304)),
+        mlp_dim=int(get("intermediate_size", 9216)),
+        num_layers=layers,
+        num_heads=int(get("num_attention_heads", 8)),
+        num_kv_heads=int(get("num_key_value_heads", 4)),
+        head_dim=head_dim,
+        max_seq_len=int(get("max_position_embeddings", 131_072)),
+        attn_pattern=pattern_of(_letters(values, layers, path)),
+        sliding_window=int(get("sliding_window", 4096)),
+        local_rope_base=ropes[_LOCAL][0],
+        local_rope_scale=ropes[_LOCAL][1],
+        global_rope_base=ropes[_GLOBAL][0],
+        global_rope_scale=ropes[_GLOBAL][1],
+        query_scale=None if scalar == head_dim else scalar**-0.5,
+        attn_softcap=values.get("attn_logit_softcapping"),
+        final_softcap=values.get("final_logit_softcapping"),
+        tied_embedding=bool(get("tie_word_embeddings", True)),
+        norm_eps=float(get("rms_norm_eps", 1e-6)),
+    )
+
+
+def _letters(values: Mapping[str, Any], layers: int, path: Path) -> str:
+    types = values.get("layer_types")
+    if types is None:
+        every = int(values.get("sliding_window_pattern") or 6)
+        return "".join("L" if (i + 1) % every else "G" for i in range(layers))
+    known = {_LOCAL: "L", _GLOBAL: "G"}
+    if len(types) != layers or set(types) - known.keys():
+        raise UserError(
+            f"{path} has {len(types)} layer_types of the kinds {sorted(set(types))} for {layers} "
+            f"layers; each layer must be one of {sorted(known)}."
+        )
+    return "".join(known[kind] for kind in types)
+
+
+def _ropes(values: Mapping[str, Any], path: Path) -> dict[str, tuple[float, float]]:
+    """(base, scale) by the type of layer."""
+    parameters = values.get("rope_parameters")
+    if parameters is None:
+        base, local = values.get("rope_theta"), values.get("rope_local_base_freq")
+        parameters = {
+            _GLOBAL: {"rope_theta": base or 1e6, **(values.get("rope_scaling") or {})},
+            _LOCAL: {"rope_theta": local or 1e4},
+        }
+    defaults = {_GLOBAL: 1e6, _LOCAL: 1e4}
+    ropes = {}
+    for kind, base in defaults.items():
+        rope = parameters.get(kind) or {}
+        how = rope.get("rope_type", rope.get("type", "default"))
+        if how not in ("default", "linear"):
+            raise UserError(
+                f"{path} has RoPE scaling of the type {how!r}; only 'linear' can be imported."
+            )
+        scale = float(rope.get("factor") or 1.0) if how == "linear" else 1.0
+        ropes[kind] = float(rope.get("rope_theta") or base), scale
+    return ropes
+
+
+def to_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a model; refuses what Gemma3ForCausalLM cannot be."""
+    for name, value in (("qk_norm", config.qk_norm), ("post_norms", config.post_norms)):
+        if not value:
+            raise UserError(f"model.{name}=False cannot be said to transformers' {_TEXT}.")
+
+    def rope(letter: str) -> dict[str, Any]:
+        base, scale = config.rope(letter)
+        if scale == 1:
+            return {"rope_type": "default", "rope_theta": base}
+        return {"rope_type": "linear", "rope_theta": base, "factor": scale}
+
+    types = {"L": _LOCAL, "G": _GLOBAL}
+    local, whole = rope("L"), rope("G")
+    names = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+    scalar = config.q_scale**-2
+    return {
+        "architectures": [_TEXT],
+        "model_type": "gemma3_text",
+        "dtype": names[dtype],
+        "torch_dtype": names[dtype],  # before transformers 4.56
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "layer_types": [types[letter] for letter in config.layer_letters],
+        "sliding_window_pattern": config.layer_letters.find("G") + 1 or config.num_layers + 1,
+        "sliding_window": config.sliding_window,
+        "rope_parameters": {_LOCAL: local, _GLOBAL: whole},
+        # The same again for readers of the older spelling (mlx-lm, transformers 4).
+        "rope_theta": whole["rope_theta"],
+        "rope_local_base_freq": local["rope_theta"],
+        "rope_scaling": (
+            {"rope_type": "linear", "factor": whole["factor"]} if "factor" in whole else None
+        ),
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-9 else scalar,
+        "attn_logit_softcapping": config.attn_softcap,
+        "final_logit_softcapping": config.final_softcap,
+        "tie_word_embeddings": config.tied_embedding,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "use_bidirectional_attention": False,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": BOS,
+    }
+
+
+def generation_config(vocab_size: int) -> dict[str, Any]:
+    """Gemma's sampling, and the ids that end a text."""
+    stops = [EOS, END_OF_TURN] if vocab_size > END_OF_TURN else [EOS]
+    return {
+        "bos_token_id": BOS,
+        "eos_token_id": stops,
+        "pad_token_id": PAD,
+        "do_sample": True,
+        "top_k": 64,
+        "top_p": 0.95,
+        "temperature": 1.0,
+    }
+
+
+class HfTensors:
+    """The text model's tensors of a folder, under the names of a text-only one."""
+
+    def __init__(self, folder: Path, *, multimodal: bool, tied: bool) -> None:
+        self.where = str(folder)
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in _files(folder):
+            self._add(file, multimodal)
+        if tied:  # some writers repeat the embedding under the head's name
+            self._shapes.pop("lm_head.weight", None)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        file, there = self._places[name]
+        # Opened anew for each tensor: pages of an open mapping would count as memory in use.
+        with _opened(file) as tensors:
+            part = tensors.get_slice(there)
+            if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+                raise UserError(
+                    f"tensor {there} of {file} is of the type {part.get_dtype()}; only floating "
+                    "point can be imported."
+                )
+            return np.asarray(part[start:stop], np.float32)
+
+    def _add(self, file: Path, multimodal: bool) -> None:
+        with _opened(file) as tensors:
+            for there in list(tensors.keys()):
+                name = _text_name(there) if multimodal else there
+                if name is None:
+                    continue
+                if name in self._places:
+                    raise UserError(
+                        f"tensor {there} lies both in {self._places[name][0]} and in {file}; fetch "
+                        "the folder again."
+                    )
+                self._places[name] = file, there
+                self._shapes[name] = tuple(tensors.get_slice(there).get_shape())
+
+
+def _text_name(name: str) -> str | None:
+    """A multimodal model's name as that of a text-only one, None for the rest of it."""
+    for prefix in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return "lm_head.weight" if name.endswith("lm_head.weight") else None
+
+
+def _files(folder: Path) -> list[Path]:
+    if not (folder / INDEX).exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(
+                f"{folder} has no *.safetensors file; give the folder of a whole model."
+            )
+        return files
+    index = read_json(folder / INDEX, "the index of a model's files")
+    try:
+        names = sorted(set(index["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a file outside of the folder")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{folder / INDEX} is no index of files: {error}; fetch it again."
+        ) from None
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing, which {INDEX} names; fetch it again.")
+    return [folder / name for name in names]
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "np")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no whole safetensors file ({error}); fetch it again.") from None
+
+
+def write_tensors(
+    folder: Path,
+    weights: Sequence[Weight],
+    read: Callable[[Weight], Iterator[np.ndarray]],
+    dtype: str,
+) -> None:
+    """Writes `weights` to safetensors, a piece at a time; `read` yields a tensor's rows in order.
+
+    One file, or several with an index where they hold more than 4 GiB.
+    """
+    name, kind = _DTYPES[dtype]
+    parts: list[list[Weight]] = [[]]
+    sizes = [0]
+    for weight in weights:
+        size = int(np.prod(weight.foreign_shape)) * kind.itemsize
+        if parts[-1] and sizes[-1] + size > _FILE_BYTES:
+            parts.append([])
+            sizes.append(0)
+        parts[-1].append(weight)
+        sizes[-1] += size
+    files = ["model.safetensors"]
+    if len(parts) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+        places = {w.hf: file for file, part in zip(files, parts, strict=True) for w in part}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for file, part in zip(files, parts, strict=True):
+        with disk_errors(folder / file), (folder / file).open("wb") as out:
+            out.write(_header(part, name, kind.itemsize))
+            for weight in part:
+                for rows in read(weight):
+                    out.write(np.ascontiguousarray(rows.astype(kind)).view(np.uint8).data)
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def _header(weights: Sequence[Weight], dtype: str, itemsize: int) -> bytes:
+    """8 bytes of length, then JSON, padded so that the data begin at a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for weight in weights:
+        end = offset + int(np.prod(weight.foreign_shape)) * itemsize
+        shape = list(weight.foreign_shape)
+        entries[weight.hf] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
