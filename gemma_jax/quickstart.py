@@ -82,8 +82,8 @@ def samples(folder: str | Path, prompts: tuple[str, ...] = _PROMPTS) -> list[str
         sampling=Sampling(temperature=0.7, top_k=40),
     )
     return [
-        prompt + loaded.tokenizer.decode(tokens)
-        for prompt, tokens in zip(prompts, new, strict=True)
+        prompt + loaded.tokenizer.decode(completion.tokens)
+        for prompt, completion in zip(prompts, new, strict=True)
     ]
 
 

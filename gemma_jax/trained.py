@@ -39,10 +39,10 @@ def complete(
         ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        seed=seed,
+        seeds=[seed + i for i in range(len(ids))],
         stop_ids=(EOS,),
     )
-    return [loaded.tokenizer.decode(tokens) for tokens in new]
+    return [loaded.tokenizer.decode(completion.tokens) for completion in new]
 
 
 def evaluate(

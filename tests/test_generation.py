@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gemma_jax.errors import UserError
-from gemma_jax.generation.decode import generate
+from gemma_jax.generation import decode
+from gemma_jax.generation.decode import Generator, generate
 from gemma_jax.generation.sampling import Sampling, sample
 from gemma_jax.model.config import tiny
 from gemma_jax.model.transformer import Transformer
@@ -34,9 +35,13 @@ def params(model):
     )
 
 
+def tokens_of(model, params, prompts, **settings):
+    return [c.tokens for c in generate(model, params, prompts, **settings)]
+
+
 @pytest.fixture(scope="module")
 def greedy(model, params):
-    return generate(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY)
+    return tokens_of(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +75,13 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(greedy, full_greedy):
 
 def test_a_sequence_does_not_depend_on_its_batch(model, params, greedy):
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
-        alone = generate(model, params, [prompt], max_new_tokens=NEW, sampling=GREEDY)
+        alone = tokens_of(model, params, [prompt], max_new_tokens=NEW, sampling=GREEDY)
         assert alone == [expected]
 
 
 def test_a_sequence_ends_before_its_stop_token(model, params, greedy):
     stop = greedy[0][4]
-    stopped = generate(
+    stopped = tokens_of(
         model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, stop_ids=(stop,)
     )
     cut = [row[: row.index(stop)] if stop in row else row for row in greedy]
@@ -85,15 +90,69 @@ def test_a_sequence_ends_before_its_stop_token(model, params, greedy):
 
 
 def test_the_number_of_new_tokens_is_exact(model, params, greedy):
-    few = generate(model, params, PROMPTS, max_new_tokens=3, sampling=GREEDY)
+    few = tokens_of(model, params, PROMPTS, max_new_tokens=3, sampling=GREEDY)
     assert few == [row[:3] for row in greedy]
 
 
 def test_sampling_follows_the_seed(model, params):
     first, same, other = (
-        generate(model, params, PROMPTS, max_new_tokens=NEW, seed=seed) for seed in (0, 0, 1)
+        tokens_of(model, params, PROMPTS, max_new_tokens=NEW, seeds=seeds)
+        for seeds in ((0, 1, 2, 3), (0, 1, 2, 3), (4, 1, 2, 3))
     )
-    assert first == same != other
+    assert first == same
+    assert first[0] != other[0]
+    assert first[1:] == other[1:]
+
+
+def test_log_probabilities_are_the_models_own(model, params, greedy):
+    for prompt, completion in zip(
+        PROMPTS,
+        generate(model, params, PROMPTS, max_new_tokens=NEW, sampling=Sampling(top_k=3)),
+        strict=True,
+    ):
+        tokens = jnp.asarray([[*prompt, *completion.tokens]], jnp.int32)
+        logits = model.logits(params, model.hidden(params, tokens))[0, len(prompt) - 1 : -1]
+        expected = jax.nn.log_softmax(logits)[np.arange(NEW), np.asarray(completion.tokens)]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=2e-5)
+        assert not completion.stopped
+
+
+def test_a_prompt_in_chunks_is_the_prompt_at_once(model, params, greedy, monkeypatch):
+    monkeypatch.setattr(decode, "_CHUNK", 8)
+    monkeypatch.setattr(decode, "_MIN_BUCKET", 4)
+    assert tokens_of(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY) == greedy
+
+
+def test_a_conversation_goes_on_in_its_cache(model, params, greedy):
+    """A prompt, what it drew and more tokens, fed in three parts or in one."""
+    generator, more = Generator(model, params), [11, 12, 13]
+    settings = {"sampling": GREEDY, "stop_ids": ()}
+    state = generator.begin(PROMPTS[:1], capacity=60, seeds=[0], sampling=GREEDY)
+    state, drawn, _ = generator.advance(state, NEW, **settings)
+    assert drawn[0].tolist() == greedy[0]
+    _, answer, _ = generator.advance(generator.extend(state, [more]), 6, **settings)
+    whole = [*PROMPTS[0], *greedy[0], *more]
+    assert answer.tolist() == tokens_of(model, params, [whole], max_new_tokens=6, sampling=GREEDY)
+
+
+def test_repetition_penalty_follows_its_definition(model, params):
+    penalty = 1.7
+    settings = Sampling(temperature=0.0, repetition_penalty=penalty)
+    for prompt, completion in zip(
+        PROMPTS,
+        generate(model, params, PROMPTS, max_new_tokens=5, sampling=settings),
+        strict=True,
+    ):
+        tokens = list(prompt)
+        for drawn in completion.tokens:
+            hidden = model.hidden(params, jnp.asarray([tokens], jnp.int32))[0, -1]
+            logits = np.array(model.logits(params, hidden))
+            seen = list(set(tokens))
+            logits[seen] = np.where(
+                logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty
+            )
+            assert drawn == logits.argmax()
+            tokens.append(drawn)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +184,8 @@ PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
         ({"temperature": 0.5}, PROBABILITIES**2 / (PROBABILITIES**2).sum()),
         ({"temperature": 0.0}, [1, 0, 0, 0, 0]),
         ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"min_p": 0.7}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"min_p": 1.0}, [1, 0, 0, 0, 0]),
     ],
 )
 def test_drawn_frequencies(settings, expected):

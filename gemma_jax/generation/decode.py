@@ -1,7 +1,11 @@
-"""Batched generation: one prefill, then one token a step, with the ring-buffer cache."""
+"""Batched generation with the ring-buffer cache: prompts in chunks, then one token a step.
+
+Programs are compiled for shapes rounded up to powers of two (rows, cache length, chunk), so a new
+prompt seldom compiles anything. A row's tokens depend on its prompt and its seed alone.
+"""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +13,134 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.errors import UserError
-from gemma_jax.generation.sampling import Sampling, sample
+from gemma_jax.generation.sampling import Sampling, penalise, sample
 from gemma_jax.model.cache import Cache, init_cache
-from gemma_jax.model.transformer import Transformer
+from gemma_jax.model.transformer import Transformer, unrolled
 
 _MIN_BUCKET = 32
+_CHUNK = 512  # prompt tokens at once: bounds the memory of a long prompt's attention scores
+
+
+class Completion(NamedTuple):
+    """What was generated after one prompt: without the token that ended it.
+
+    `logprobs` are the model's own log-probabilities of `tokens` in nats, before temperature and
+    filters. `stopped` is False where `max_new_tokens` ended it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    stopped: bool
+
+
+class State(NamedTuple):
+    """Sequences under way, on the device. B rows.
+
+    `hidden` is the state after the last token that each row was fed, from which the next is drawn;
+    `length` counts those tokens. `seen` marks the tokens of each row for the repetition penalty.
+    """
+
+    cache: Cache
+    hidden: Any  # [B, D]
+    length: Any  # int32 [B]
+    done: Any  # bool [B]
+    keys: Any  # [B]
+    seen: Any  # bool [B, V], or None
+
+
+class Generator:
+    """A model ready to generate. Holds its weights in the order of the layers."""
+
+    def __init__(self, model: Transformer, params: Any) -> None:
+        self.model, self.params = unrolled(model, params)
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        capacity: int,
+        seeds: Sequence[int],
+        sampling: Sampling,
+    ) -> State:
+        """Reads the prompts into a fresh cache of at least `capacity` tokens."""
+        B = 1 << (len(prompts) - 1).bit_length()
+        config = self.model.config
+        lengths = np.zeros(B, np.int32)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+        all_seeds = [*seeds, *[0] * (B - len(prompts))]
+        state = State(
+            init_cache(config, B, min(_bucket(capacity), config.max_seq_len)),
+            jnp.zeros((B, config.embed_dim), config.compute_dtype),
+            jnp.zeros(B, jnp.int32),
+            jnp.asarray(lengths == 0),
+            jnp.stack([jax.random.key(seed) for seed in all_seeds]),
+            _seen(B, config.vocab_size, sampling),
+        )
+        return self.extend(state, prompts)
+
+    def extend(self, state: State, prompts: Sequence[Sequence[int]]) -> State:
+        """Feeds further tokens to each row (none to some); the cache must have room for them."""
+        B = state.length.shape[0]
+        rows = [*prompts, *[()] * (B - len(prompts))]
+        longest = max(map(len, rows))
+        for start in range(0, longest, _CHUNK):
+            width = _bucket(min(_CHUNK, longest - start))
+            tokens, valid = np.zeros((B, width), np.int32), np.zeros((B, width), np.int32)
+            for i, row in enumerate(rows):
+                part = row[start : start + width]
+                tokens[i, : len(part)], valid[i, : len(part)] = part, 1
+            # Only a fresh cache holds nothing; then the tokens see each other alone.
+            fresh = start == 0 and not np.asarray(state.length).any()
+            state = _feed(self.model, fresh, self.params, state, tokens, valid)
+        return state
+
+    def advance(
+        self, state: State, steps: int, *, sampling: Sampling, stop_ids: Sequence[int]
+    ) -> tuple[State, np.ndarray, np.ndarray]:
+        """Draws up to `steps` tokens a row: (state, tokens [B, n], logprobs [B, n]).
+
+        A row that has drawn one of `stop_ids` is done and keeps drawing nothing; its further
+        entries are -1. n < steps where all rows are done.
+        """
+        size = 1 << (steps - 1).bit_length()
+        ids = tuple(stop_ids)
+        state, tokens, logprobs, n = _draw(
+            self.model, size, sampling, ids, self.params, state, jnp.int32(steps)
+        )
+        return state, np.asarray(tokens)[:, : int(n)], np.asarray(logprobs)[:, : int(n)]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+        stride: int = 8,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, logprobs) [B, n] as they come, `stride` steps at a time; -1 in rows done.
+
+        Send it the indices of rows to end early, as `stop strings` do.
+        """
+        sampling = sampling or Sampling()
+        longest = _longest(self.model, prompts, max_new_tokens)
+        own = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(own) != len(prompts):
+            raise UserError(f"{len(own)} seeds for {len(prompts)} prompts; give one a prompt.")
+        state = self.begin(prompts, capacity=longest + max_new_tokens, seeds=own, sampling=sampling)
+        left = max_new_tokens
+        while left > 0:
+            steps = min(stride, left)
+            state, tokens, logprobs = self.advance(
+                state, steps, sampling=sampling, stop_ids=stop_ids
+            )
+            ended = yield tokens[: len(prompts)], logprobs[: len(prompts)]
+            if ended:
+                state = state._replace(done=state.done.at[jnp.asarray(ended)].set(True))
+            if np.asarray(state.done).all():
+                return
+            left -= steps
 
 
 def generate(
@@ -23,36 +150,36 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] | None = None,
     stop_ids: Sequence[int] = (),
-) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without the first of `stop_ids`.
+) -> list[Completion]:
+    """A completion of each prompt, up to and without the first of `stop_ids`.
 
-    Prompts of different lengths share a batch, and a sequence's result does not depend on the
-    others. Lengths are rounded up to powers of two, so few programs are compiled. Raises UserError
-    for an empty prompt, or for one that leaves the model's context.
+    Prompts of different lengths share a batch. `seeds` are one a prompt, 0, 1, ... by default.
+    Raises UserError for an empty prompt, or for one that leaves the model's context.
     """
-    longest = _longest(model, prompts, max_new_tokens)
-    width = _bucket(longest)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(len(prompts), dtype=jnp.int32)
+    _longest(model, prompts, max_new_tokens)
+    parts = list(
+        Generator(model, params).stream(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seeds=seeds,
+            stop_ids=stop_ids,
+            stride=max_new_tokens,
+        )
     )
-    new = _generate(
-        model,
-        _bucket(max_new_tokens),
-        sampling or Sampling(),
-        tuple(stop_ids),
-        params,
-        tokens,
-        lengths,
-        keys,
-        jnp.int32(max_new_tokens),
-    )
-    return [_until_stop(row[:max_new_tokens].tolist(), stop_ids) for row in np.asarray(new)]
+    tokens = np.concatenate([part[0] for part in parts], axis=1)
+    logprobs = np.concatenate([part[1] for part in parts], axis=1)
+    return [completion(*row, stop_ids) for row in zip(tokens, logprobs, strict=True)]
+
+
+def completion(tokens: np.ndarray, logprobs: np.ndarray, stop_ids: Sequence[int]) -> Completion:
+    """One row of a stream as a completion."""
+    real = tokens[tokens >= 0].tolist()
+    stopped = bool(real) and real[-1] in stop_ids
+    kept = real[:-1] if stopped else real
+    return Completion(kept, logprobs[: len(kept)].tolist(), stopped)
 
 
 def _longest(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
@@ -73,56 +200,88 @@ def _bucket(length: int) -> int:
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
-    stops = [i for i, token in enumerate(tokens) if token in stop_ids]
-    return tokens[: stops[0]] if stops else tokens
+def _seen(rows: int, vocab_size: int, sampling: Sampling) -> Any:
+    if sampling.repetition_penalty is None:
+        return None
+    return jnp.zeros((rows, vocab_size), bool)
 
 
-class _Carry(NamedTuple):
-    step: jax.Array
-    last: jax.Array  # [B] the token to feed next
-    done: jax.Array  # [B]
-    out: jax.Array  # [B, steps]
-    cache: Cache
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _feed(
+    model: Transformer, fresh: bool, params: Any, state: State, tokens: Any, valid: Any
+) -> State:
+    B, T = tokens.shape
+    places = state.length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    hidden, cache = model.extend(params, tokens, places, valid, state.cache, fresh=fresh)
+    count = valid.sum(axis=1, dtype=jnp.int32)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    seen = state.seen
+    if seen is not None:
+        rows = jnp.arange(B, dtype=jnp.int32)[:, None]
+        seen = seen.at[rows, tokens].max(valid > 0)
+    return state._replace(
+        cache=cache,
+        hidden=jnp.where((count > 0)[:, None], last, state.hidden),
+        length=state.length + count,
+        seen=seen,
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
+class _Loop(NamedTuple):
+    state: State
+    step: Any
+    tokens: Any  # [B, size]
+    logprobs: Any  # [B, size]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def _draw(
     model: Transformer,
-    steps: int,
+    size: int,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    keys: jax.Array,
-    limit: jax.Array,
-) -> jax.Array:
-    B, T = tokens.shape
-    cache = init_cache(model.config, B, T + steps)
+    state: State,
+    limit: Any,
+) -> tuple[State, Any, Any, Any]:
+    B = state.length.shape[0]
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
+    rows = jnp.arange(B, dtype=jnp.int32)
 
-    def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return sample(model.logits(params, hidden), step_keys, sampling)
+    def more(loop: _Loop) -> Any:
+        return (loop.step < limit) & ~loop.state.done.all()
 
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    real = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = model.extend(params, tokens, positions, real, cache)
-    last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    first = pick(last_hidden, jnp.int32(0))
-    out = jnp.zeros((B, steps), jnp.int32).at[:, 0].set(first)
+    def draw(loop: _Loop) -> _Loop:
+        state = loop.state
+        logits = model.logits(params, state.hidden)
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+        scores = logits
+        if state.seen is not None and sampling.repetition_penalty is not None:
+            scores = penalise(logits, state.seen, sampling.repetition_penalty)
+        token = sample(scores, keys, sampling)
+        logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+        going = ~state.done
+        valid = going.astype(jnp.int32)
+        hidden, cache = model.extend(
+            params, token[:, None], state.length[:, None], valid[:, None], state.cache
+        )
+        seen = state.seen if state.seen is None else state.seen.at[rows, token].max(going)
+        state = State(
+            cache,
+            jnp.where(going[:, None], hidden[:, 0], state.hidden),
+            state.length + valid,
+            state.done | (token[:, None] == stops).any(-1),
+            state.keys,
+            seen,
+        )
+        return _Loop(
+            state,
+            loop.step + 1,
+            loop.tokens.at[:, loop.step].set(jnp.where(going, token, -1)),
+            loop.logprobs.at[:, loop.step].set(jnp.where(going, logprob, 0)),
+        )
 
-    def more(carry: _Carry) -> jax.Array:
-        return (carry.step < limit) & ~carry.done.all()
-
-    def step(carry: _Carry) -> _Carry:
-        place = (lengths + carry.step - 1)[:, None]
-        hidden, cache = model.extend(params, carry.last[:, None], place, None, carry.cache)
-        token = pick(hidden[:, 0], carry.step)
-        out = carry.out.at[:, carry.step].set(token)
-        done = carry.done | (token[:, None] == stops).any(-1)
-        return _Carry(carry.step + 1, token, done, out, cache)
-
-    done = (first[:, None] == stops).any(-1)
-    return jax.lax.while_loop(more, step, _Carry(jnp.int32(1), first, done, out, cache)).out
+    tokens = jnp.full((B, size), -1, jnp.int32)
+    empty = jnp.zeros((B, size), jnp.float32)
+    loop = jax.lax.while_loop(more, draw, _Loop(state, jnp.int32(0), tokens, empty))
+    return loop.state, loop.tokens, loop.logprobs, loop.step

@@ -25,10 +25,14 @@ class Place(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of a layer whose letter is `letter`."""
+    """Grouped-query attention of a layer whose letter is `letter`.
+
+    With `fresh` the cache is empty, so new tokens see each other alone.
+    """
 
     config: ModelConfig
     letter: str
+    fresh: bool = False
 
     @nn.compact
     def __call__(
@@ -52,14 +56,22 @@ class Attention(nn.Module):
         k = rope(k, place.positions, base=base, scale=scale)
 
         window = c.window(self.letter)
-        if cache is None:
+        if cache is None or self.fresh:
             spec = MaskSpec(
                 window=window, q_segment_ids=place.segment_ids, k_segment_ids=place.segment_ids
             )
+            if cache is not None:
+                cache = write(cache, k, v, place.positions, _valid(place))
         else:
             k, v, spec, cache = _extend(cache, k, v, place, window)
         out = attention(q, k, v, spec, softcap=c.attn_softcap, backend=c.attn_backend)
         return jnp.einsum("BTNH,NHD->BTD", out, w_o), cache
+
+
+def _valid(place: Place) -> Bool[Array, "B T"]:
+    if place.segment_ids is None:
+        return jnp.ones(place.positions.shape, bool)
+    return place.segment_ids > 0
 
 
 def _extend(
@@ -67,9 +79,7 @@ def _extend(
 ) -> tuple[Array, Array, MaskSpec, LayerCache]:
     """The keys that new tokens see (cached ones and themselves) and the cache after them."""
     positions = place.positions
-    valid: Bool[Array, "B T"] = (
-        jnp.ones(positions.shape, bool) if place.segment_ids is None else place.segment_ids > 0
-    )
+    valid = _valid(place)
     after = write(cache, k, v, positions, valid)
     if k.shape[1] == 1:
         # The slot that one new token takes over held a key that had just left its window.

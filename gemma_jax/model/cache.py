@@ -40,8 +40,9 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     def layer(letter: str, *stack: int) -> LayerCache:
         slots = num_slots(config, letter, length)
         shape = (*stack, batch_size, slots, config.num_kv_heads, config.head_dim)
-        zeros = jnp.zeros(shape, config.compute_dtype)
-        return LayerCache(zeros, zeros, jnp.full(shape[:-2], EMPTY, jnp.int32))
+        # Buffers of their own, so that a program may take each over (donation).
+        keys, values = (jnp.zeros(shape, config.compute_dtype) for _ in range(2))
+        return LayerCache(keys, values, jnp.full(shape[:-2], EMPTY, jnp.int32))
 
     stacked = config.attn_pattern if config.num_periods else ""
     return Cache(

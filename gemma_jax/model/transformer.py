@@ -34,6 +34,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     letter: str
+    fresh: bool = False
 
     @nn.compact
     def __call__(
@@ -42,7 +43,7 @@ class Block(nn.Module):
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, "embed")
         y = norm(name="pre_attention_norm")(x)
-        y, cache = Attention(c, self.letter, name="attention")(y, place, cache)
+        y, cache = Attention(c, self.letter, self.fresh, name="attention")(y, place, cache)
         x += norm(name="post_attention_norm")(y) if c.post_norms else y
         y = MLP(c, name="mlp")(norm(name="pre_mlp_norm")(x))
         x += norm(name="post_mlp_norm")(y) if c.post_norms else y
@@ -53,6 +54,7 @@ class Period(nn.Module):
     """One block for each letter of the pattern."""
 
     config: ModelConfig
+    fresh: bool = False
 
     @nn.compact
     def __call__(
@@ -62,7 +64,7 @@ class Period(nn.Module):
         after = []
         for i, letter in enumerate(self.config.attn_pattern):
             cache = caches[i] if caches is not None else None
-            x, cache = block(self.config, letter, name=f"block_{i}")(x, place, cache)
+            x, cache = block(self.config, letter, self.fresh, name=f"block_{i}")(x, place, cache)
             after.append(cache)
         return x, tuple(after)
 
@@ -92,6 +94,7 @@ class Decoder(nn.Module):
     """The Linen module behind `Transformer`."""
 
     config: ModelConfig
+    fresh: bool = False  # the cache is empty
 
     @nn.compact
     def __call__(
@@ -115,11 +118,12 @@ class Decoder(nn.Module):
                 length=c.num_periods,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, periods = scan(c, name="periods")(x, place, cache.periods if cache else None)
+            caches = cache.periods if cache else None
+            x, periods = scan(c, self.fresh, name="periods")(x, place, caches)
         remainder: list[Any] = []
         for i, letter in enumerate(c.remainder):
             layer = cache.remainder[i] if cache else None
-            block = _block(c, inside_scan=False)(c, letter, name=f"remainder_{i}")
+            block = _block(c, inside_scan=False)(c, letter, self.fresh, name=f"remainder_{i}")
             x, layer = block(x, place, layer)
             remainder.append(layer)
         x = RMSNorm(c.norm_eps, "embed", name="final_norm")(x)
@@ -165,14 +169,17 @@ class Transformer:
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         cache: Cache,
+        *,
+        fresh: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of tokens that follow what the cache holds, and the cache after them.
 
         Prefill and decoding alike. Positions are absolute and below the cache's length; tokens
-        with segment id 0 are padding, neither seen nor stored.
+        with segment id 0 are padding, neither seen nor stored. `fresh` says that the cache is
+        empty and the positions are 0, 1, ...: the same result, at the cost of `hidden`.
         """
         place = Place(positions, segment_ids)
-        outcome: Any = Decoder(self.config).apply({"params": params}, tokens, place, cache)
+        outcome: Any = Decoder(self.config, fresh).apply({"params": params}, tokens, place, cache)
         return outcome
 
     def output_embedding(self, params: Params) -> Float[Array, "V D"]:
@@ -188,6 +195,29 @@ class Transformer:
     def _init(self, rng: Array) -> Params:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return Decoder(self.config).init(rng, tokens, Place(tokens, None), None)["params"]
+
+
+def unrolled(model: Transformer, params: Params) -> tuple[Transformer, Params]:
+    """The same model as one period that holds every layer.
+
+    For decoding: a scan copies each period's matrices out of the stack at every step, which takes
+    longer than to multiply one token by them.
+    """
+    config = model.config
+    length = len(config.attn_pattern)
+    layers = {
+        f"block_{period * length + i}": jax.tree.map(
+            lambda x, period=period: x[period : period + 1], params["periods"][f"block_{i}"]
+        )
+        for period in range(config.num_periods)
+        for i in range(length)
+    }
+    for i in range(len(config.remainder)):
+        rest = jax.tree.map(lambda x: x[None], params[f"remainder_{i}"])
+        layers[f"block_{config.num_periods * length + i}"] = rest
+    kept = {name: value for name, value in params.items() if name in ("embedder", "head")}
+    params = {**kept, "final_norm": params["final_norm"], "periods": layers}
+    return Transformer(dataclasses.replace(config, attn_pattern=config.layer_letters)), params
 
 
 def _positions(tokens: Array, positions: Array | None) -> Array:
