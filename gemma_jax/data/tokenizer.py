@@ -9,7 +9,6 @@ a space, becomes its three bytes, and the names of control pieces in ordinary te
 import hashlib
 import heapq
 import io
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gemma_jax import files
 from gemma_jax.errors import UserError, require_fractions, require_positive
@@ -36,7 +37,13 @@ _CONTROL_PIECES = (  # ids 4 to 106, in order
 # Runs of newlines and tabs: no other piece holds either character, as the trainer sees single
 # lines without tabs, so a text may be cut after such a run.
 _WHITESPACE_PIECES = (*("\n" * n for n in range(1, 5)), *("\t" * n for n in range(1, 5)))
-_SPACE = "\u2581"  # SentencePiece's stand-in for the space
+SPACE = "\u2581"  # SentencePiece's stand-in for the space
+# What Gemma's own model holds as user-defined pieces, matched wherever they stand in a text. The
+# other user-defined pieces (whitespace, HTML tags) are text.
+CONTROL_NAME = re.compile(
+    r"<mask>|\[multimodal\]|<unused\d+>|<(start|end)_of_(turn|image)>|<image_soft_token>"
+)
+_CONTROL_SHAPE = re.compile(r"<[^<>\[\]]+>|\[[^<>\[\]]+\]")  # no control name hides in another
 _CUT_CHARS = 1 << 16  # BPE takes memory in proportion to what it sees at once
 _CUT_PLACE = re.compile(r"(?<=\n)(?=[^\n])|(?<=[^ \n\t])(?= )")
 _ROUND_TRIP_PROBE = "  a\u00a0 b\r\n\n\tﬁ e\u0301 \u2581<bos><start_of_turn>\x00\ufeff 12 🙂 "
@@ -82,22 +89,23 @@ class Tokenizer:
         """
         self.model = model
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            size = self._processor.get_piece_size()
-            if not size:
+            proto = ModelProto.FromString(model)
+            if not proto.pieces:
                 raise ValueError("no pieces")  # what becomes of an empty file
-        except (RuntimeError, ValueError) as error:
+            # As control pieces their names are never matched in a text.
+            if _tame(proto):
+                model = proto.SerializeToString()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError, DecodeError) as error:
             raise UserError(f"{name} is not a SentencePiece model; train one anew.") from error
-        self._bytes = [self._piece_bytes(i) for i in range(size)]
-        self._byte_ids = {b: i for i, b in enumerate(self._bytes) if self._processor.is_byte(i)}
-        # Gemma's own model matches the names of its turn pieces in text; cutting them open keeps
-        # them text.
-        named = [
-            self._processor.id_to_piece(i)
-            for i in range(min(size, END_OF_TURN + 1))
-            if not self._bytes[i] and not self._processor.is_control(i) and i != UNK
-        ]
-        self._named = re.compile("|".join(map(re.escape, named))) if named else None
+        kinds = ModelProto.SentencePiece
+        self._bytes = [_piece_bytes(piece) for piece in proto.pieces]
+        self._byte_ids = {
+            self._bytes[i]: i for i, piece in enumerate(proto.pieces) if piece.type == kinds.BYTE
+        }
+        self.control_ids = {
+            piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == kinds.CONTROL
+        }
         if self.decode(self.encode(_ROUND_TRIP_PROBE)) != _ROUND_TRIP_PROBE:
             raise UserError(
                 f"{name} changes text (it normalises, or has no bytes to fall back on), but every "
@@ -130,15 +138,24 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         files.write_bytes(path, self.model)
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, control: bool = False) -> list[int]:
+        """The ids of `text`; with `control`, names of control pieces in it give their ids."""
+        if not control:
+            return self.encode_batch([text])[0]
+        ids: list[int] = []
+        start = 0
+        for found in _CONTROL_SHAPE.finditer(text):
+            if (control_id := self.control_ids.get(found[0])) is not None:
+                ids += [*self.encode(text[start : found.start()]), control_id]
+                start = found.end()
+        return ids + self.encode(text[start:])
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Encodes many texts at once, on `threads` threads outside of Python's lock."""
         fragments: list[str] = []
         plans: list[list[int | None]] = []  # None takes the next fragment, an int is a byte piece
         for text in texts:
-            if len(text) <= _CUT_CHARS and _SPACE not in text and self._named is None:
+            if len(text) <= _CUT_CHARS and SPACE not in text:
                 fragments.append(text)
                 plans.append([None])
             else:
@@ -175,28 +192,15 @@ class Tokenizer:
         """
         return np.array([len(piece) for piece in self._bytes], np.int32)
 
-    def _piece_bytes(self, i: int) -> bytes:
-        processor = self._processor
-        if processor.is_control(i) or processor.is_unknown(i):
-            return b""
-        piece = processor.id_to_piece(i)
-        if processor.is_byte(i):
-            return bytes([int(piece[3:5], 16)])
-        if i <= END_OF_TURN and piece[0] + piece[-1] in ("<>", "[]"):
-            return b""
-        return piece.replace(_SPACE, " ").encode()
-
     def _plan(self, text: str, fragments: list[str]) -> list[int | None]:
         plan: list[int | None] = []
-        spelled = [self._byte_ids.get(bytes([b]), UNK) for b in _SPACE.encode()]
-        for number, stretch in enumerate(text.split(_SPACE)):
+        spelled = [self._byte_ids.get(bytes([b]), UNK) for b in SPACE.encode()]
+        for number, stretch in enumerate(text.split(SPACE)):
             if number:
                 plan.extend(spelled)
-            pieces = _cut_named(stretch, self._named) if self._named else [stretch]
-            for piece in pieces:
-                cuts = _cut_long(piece)
-                fragments.extend(cuts)
-                plan.extend([None] * len(cuts))
+            cuts = _cut_long(stretch)
+            fragments.extend(cuts)
+            plan.extend([None] * len(cuts))
         return plan
 
 
@@ -279,15 +283,28 @@ def _sample(texts: Iterable[str], config: TokenizerConfig) -> list[str]:
 
 def _lines(texts: Iterable[str]) -> Iterable[str]:
     for text in texts:
-        for line in re.split(f"[\n\t\x00{_SPACE}]+", text):
+        for line in re.split(f"[\n\t\x00{SPACE}]+", text):
             if line:
                 yield line
 
 
-def _cut_named(text: str, named: re.Pattern[str]) -> list[str]:
-    """Cuts each control piece's name after its first character, so that it cannot match."""
-    cuts = [0, *(found.start() + 1 for found in named.finditer(text)), len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(cuts)]
+def _tame(proto: ModelProto) -> bool:
+    """Makes control pieces of those that Gemma holds as user-defined; says whether any were."""
+    kinds = ModelProto.SentencePiece
+    tamed = False
+    for piece in proto.pieces:
+        if piece.type == kinds.USER_DEFINED and CONTROL_NAME.fullmatch(piece.piece):
+            piece.type = kinds.CONTROL
+            tamed = True
+    return tamed
+
+
+def _piece_bytes(piece: ModelProto.SentencePiece) -> bytes:
+    if piece.type in (piece.CONTROL, piece.UNKNOWN):
+        return b""
+    if piece.type == piece.BYTE:
+        return bytes([int(piece.piece[3:5], 16)])
+    return piece.piece.replace(SPACE, " ").encode()
 
 
 def _cut_long(text: str) -> list[str]:

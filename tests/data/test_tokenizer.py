@@ -149,6 +149,15 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path) -> None:
         Tokenizer.load(tmp_path / "bad.model")
 
 
+def test_control_pieces_are_recognised_when_asked(tokenizer: Tokenizer) -> None:
+    text = "<bos>a <start_of_turn>b<<end_of_turn>> [[multimodal]"
+    ids = tokenizer.encode(text, control=True)
+    assert [i for i in ids if i <= END_OF_TURN] == [BOS, START_OF_TURN, END_OF_TURN, 5]
+    assert tokenizer.decode(ids) == "a b<> ["
+    for text in (*TEXTS[:5], "", "no <names> [of] <control pieces>"):
+        assert tokenizer.encode(text, control=True) == tokenizer.encode(text)
+
+
 def test_a_model_that_matches_turn_names_in_text_is_tamed(tmp_path) -> None:
     """As Gemma's own model does, whose turn pieces are matched wherever they stand."""
     names = ["<start_of_turn>", "<end_of_turn>"]
@@ -170,7 +179,8 @@ def test_a_model_that_matches_turn_names_in_text_is_tamed(tmp_path) -> None:
         minloglevel=3,
     )
     tamed = Tokenizer.load(tmp_path / "m.model")
-    assert tamed._processor.encode(names[0]) == [START_OF_TURN]
+    untamed = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    assert untamed.encode(names[0]) == tamed.encode(names[0], control=True) == [START_OF_TURN]
     assert tamed.token_bytes()[[START_OF_TURN, END_OF_TURN]].sum() == 0
     for text in NASTY:
         check_round_trip(tamed, text)
