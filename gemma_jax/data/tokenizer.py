@@ -103,8 +103,10 @@ class Tokenizer:
         self._byte_ids = {
             self._bytes[i]: i for i, piece in enumerate(proto.pieces) if piece.type == kinds.BYTE
         }
-        self.control_ids = {
-            piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == kinds.CONTROL
+        self.control_ids = {  # by name; the pieces that stand for no text
+            piece.piece: i
+            for i, piece in enumerate(proto.pieces)
+            if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
         }
         if self.decode(self.encode(_ROUND_TRIP_PROBE)) != _ROUND_TRIP_PROBE:
             raise UserError(

@@ -55,7 +55,7 @@ def dumps(tokenizer: Tokenizer) -> str:
             f"the tokenizer has the unused piece {unused[0]!r:.40}, which {FILE} cannot say; "
             "export to gguf."
         )
-    control = set(tokenizer.control_ids.values()) | {UNK}
+    control = set(tokenizer.control_ids.values())
     added = []
     for i, piece in enumerate(proto.pieces):
         if i in control or piece.type == USER_DEFINED:

@@ -62,7 +62,7 @@ def to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
     Integers stand for UINT32, `scores` is float32 [V] and `token_type` int32 [V].
     """
     proto = read(tokenizer)
-    control = set(tokenizer.control_ids.values())
+    control = set(tokenizer.control_ids.values()) - {UNK}
     types = [CONTROL if i in control else piece.type for i, piece in enumerate(proto.pieces)]
     fields = {
         "model": "llama",

@@ -47,7 +47,7 @@ TEXTS = [
 
 # transformers turns names of control pieces into their ids, we do so when asked.
 CONTROL_TEXTS = [
-    "<bos><eos><pad><mask><start_of_turn>user<end_of_turn><unused3>[multimodal]",
+    "<bos><eos><pad><unk><mask><start_of_turn>user<end_of_turn><unused3>[multimodal]",
     "say <start_of_turn>model\n no <end_of_turn>",
     "<start_of_turn <start_of_turn>> [[multimodal]] <<bos>",
 ]
