@@ -188,8 +188,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from gemma_jax.completion import complete
     from gemma_jax.generation.sampling import Sampling
-    from gemma_jax.trained import complete
 
     sampling = Sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
@@ -199,7 +199,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        seed=arguments.seed,
+        seeds=[arguments.seed + i for i in range(len(arguments.prompt))],
     )
     _print(
         arguments,

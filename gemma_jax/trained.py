@@ -1,48 +1,19 @@
-"""What one does with a trained run: score text, continue prompts, let it teach."""
+"""What one does with a trained run: score text, let it teach."""
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_jax import runs
 from gemma_jax.data.packing import packed_sequences
-from gemma_jax.data.tokenizer import BOS, EOS, Tokenizer
+from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
 from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.distill.teacher import Teacher, TeacherJob, write_teacher_shards
 from gemma_jax.distill.verify import verify_teacher_shards
 from gemma_jax.errors import UserError
 from gemma_jax.eval.perplexity import make_evaluation
-from gemma_jax.generation.decode import generate
-from gemma_jax.generation.sampling import Sampling
 from gemma_jax.sharding import Layout, MeshConfig, make_layout
-
-
-def complete(
-    folder: str | Path,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-) -> list[str]:
-    """The continuation of each prompt by the model of a run folder, without the prompt."""
-    for prompt in prompts:
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise UserError(f"the prompt {prompt!r} is no valid Unicode text; give it in UTF-8.")
-    loaded = runs.load_model(folder)
-    ids = [[BOS, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
-    new = generate(
-        loaded.model,
-        loaded.params,
-        ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seeds=[seed + i for i in range(len(ids))],
-        stop_ids=(EOS,),
-    )
-    return [loaded.tokenizer.decode(completion.tokens) for completion in new]
 
 
 def evaluate(

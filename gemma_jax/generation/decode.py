@@ -5,7 +5,8 @@ prompt seldom compiles anything. A row's tokens depend on its prompt and its see
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,7 +119,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
         stride: int = 8,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> abc.Generator[tuple[np.ndarray, np.ndarray], list[int] | None]:
         """(tokens, logprobs) [B, n] as they come, `stride` steps at a time; -1 in rows done.
 
         Send it the indices of rows to end early, as `stop strings` do.

@@ -1,0 +1,253 @@
+"""Text in, text out: completions of prompts and conversations with the model of a run folder."""
+
+import codecs
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gemma_jax import runs
+from gemma_jax.data.chat import encode_chat
+from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
+from gemma_jax.errors import UserError
+from gemma_jax.generation.decode import Generator, State
+from gemma_jax.generation.sampling import Sampling
+from gemma_jax.model.transformer import Transformer
+
+STOP_IDS = (EOS, END_OF_TURN)
+_STRIDE = 8  # steps between two looks at the text
+_BATCH = 16
+
+type Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a conversation
+
+
+class TextCompletion(NamedTuple):
+    """`text` continues the prompt; `tokens` and `logprobs` (nats) are what it was decoded from.
+
+    A stop string is cut off the text, not off the tokens. `stopped` is False where the limit ended
+    it.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    stopped: bool
+
+
+class TextGenerator:
+    """A model and its tokenizer, ready to write."""
+
+    def __init__(self, folder: str | Path, *, compute_dtype: str | None = None) -> None:
+        """`folder` is a run, one of its checkpoints, or an imported model."""
+        loaded = runs.load_model(folder)
+        model = loaded.model
+        if compute_dtype is not None:
+            model = Transformer(
+                dataclasses.replace(model.config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
+            )
+        self.tokenizer = loaded.tokenizer
+        self.generator = Generator(model, loaded.params)
+
+    @property
+    def context(self) -> int:
+        return self.generator.model.config.max_seq_len
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[TextCompletion]:
+        """The continuation of each prompt; messages are continued by a turn of the model.
+
+        A prompt's result depends on itself and its seed (0, 1, ... by default) alone. `stop` are
+        texts that end a completion.
+        """
+        ids = [self._encode(prompt) for prompt in prompts]
+        own = list(range(len(ids))) if seeds is None else list(seeds)
+        results: list[TextCompletion] = []
+        for first in range(0, len(ids), _BATCH):
+            part = slice(first, first + _BATCH)
+            writers = [_Writer(self.tokenizer, stop) for _ in ids[part]]
+            stream = self.generator.stream(
+                ids[part],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seeds=own[part],
+                stop_ids=STOP_IDS,
+                stride=_STRIDE if stop else max_new_tokens,
+            )
+            ended: list[int] | None = None
+            while True:
+                try:
+                    tokens, logprobs = stream.send(ended)
+                except StopIteration:
+                    break
+                for writer, *row in zip(writers, tokens, logprobs, strict=True):
+                    writer.add(*row)
+                ended = [i for i, writer in enumerate(writers) if writer.stopped]
+            results += [writer.result() for writer in writers]
+        return results
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The continuation of one prompt, in pieces as it is written."""
+        writer = _Writer(self.tokenizer, stop)
+        for tokens, logprobs in self.generator.stream(
+            [self._encode(prompt)],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seeds=[seed],
+            stop_ids=STOP_IDS,
+            stride=_STRIDE,
+        ):
+            yield writer.add(tokens[0], logprobs[0])
+            if writer.stopped:
+                break
+        yield writer.rest()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return encode_chat(self.tokenizer, prompt, add_generation_prompt=True)
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"the prompt {prompt!r} is no valid Unicode text; give it in UTF-8.")
+        return [BOS, *self.tokenizer.encode(prompt)]
+
+
+class Conversation:
+    """Turns with one model. What was said stays in the cache: a turn reads its own text alone."""
+
+    def __init__(
+        self,
+        writer: TextGenerator,
+        *,
+        max_new_tokens: int = 512,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._writer, self._sampling = writer, sampling or Sampling()
+        self._limit, self._seed = max_new_tokens, seed
+        self._ids: list[int] = []  # all that was fed
+        self._state: State | None = None
+        self._capacity = 0
+
+    def say(self, text: str) -> Iterator[str]:
+        """The model's answer, in pieces as it is written."""
+        tokenizer = self._writer.tokenizer
+        message = [{"role": "user", "content": text}]
+        turn = encode_chat(tokenizer, message, add_generation_prompt=True)
+        if self._ids:
+            ending = [] if self._ids[-1] == END_OF_TURN else [END_OF_TURN]
+            turn = [*ending, *tokenizer.encode("\n"), *turn[1:]]  # without BOS
+        self._feed(turn)
+        writer = _Writer(tokenizer, ())
+        for left in range(self._limit, 0, -_STRIDE):
+            assert self._state is not None
+            self._state, tokens, logprobs = self._writer.generator.advance(
+                self._state, min(_STRIDE, left), sampling=self._sampling, stop_ids=STOP_IDS
+            )
+            self._ids += [token for token in tokens[0].tolist() if token >= 0]
+            yield writer.add(tokens[0], logprobs[0])
+            if writer.stopped:
+                break
+        yield writer.rest()
+
+    def _feed(self, turn: list[int]) -> None:
+        needed = len(self._ids) + len(turn) + self._limit
+        if needed > self._writer.context:
+            raise UserError(
+                f"the conversation of {len(self._ids)} tokens, {len(turn)} more and an answer of "
+                f"up to {self._limit} leave the model's context of {self._writer.context}; begin anew "
+                "or allow fewer new tokens."
+            )
+        generator = self._writer.generator
+        if self._state is None or needed > self._capacity:
+            # Room for as much again, so that a long conversation is seldom read anew.
+            self._capacity = min(2 * needed, self._writer.context)
+            self._state = generator.begin(
+                [[*self._ids, *turn]],
+                capacity=self._capacity,
+                seeds=[self._seed],
+                sampling=self._sampling,
+            )
+        else:
+            going = self._state._replace(done=self._state.done & False)
+            self._state = generator.extend(going, [turn])
+        self._ids += turn
+
+
+class _Writer:
+    """One completion as it grows: tokens to text, whole characters at a time, up to a stop."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        if any(not text for text in stop):
+            raise UserError("a stop string is empty; give some text.")
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._text, self._given = "", 0
+        self.stopped = False
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> str:
+        """Takes new tokens (-1 is none) and returns the text that is certain to stay."""
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if self.stopped or token < 0:
+                break
+            if token in STOP_IDS:
+                self.stopped = True
+                break
+            self._tokens.append(int(token))
+            self._logprobs.append(float(logprob))
+            self._text += self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
+            self._cut()
+        # A stop string may have begun at the end of the text.
+        held = max((len(text) - 1 for text in self._stop), default=0)
+        return self._give(len(self._text) if self.stopped else len(self._text) - held)
+
+    def rest(self) -> str:
+        """The text that was held back, at the end."""
+        if not self.stopped:
+            self._text += self._decoder.decode(b"", final=True)
+            self._cut()
+        return self._give(len(self._text))
+
+    def result(self) -> TextCompletion:
+        self.rest()
+        return TextCompletion(self._text, self._tokens, self._logprobs, self.stopped)
+
+    def _cut(self) -> None:
+        places = [place for text in self._stop if (place := self._text.find(text)) >= 0]
+        if places:
+            self._text, self.stopped = self._text[: min(places)], True
+
+    def _give(self, end: int) -> str:
+        piece = self._text[self._given : end]
+        self._given = max(self._given, end)
+        return piece
+
+
+def complete(
+    folder: str | Path,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """The continuation of each prompt by the model of a run folder, without the prompt."""
+    results = TextGenerator(folder).complete(
+        prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, stop=stop
+    )
+    return [result.text for result in results]
