@@ -167,7 +167,7 @@ class Conversation:
         if needed > self._writer.context:
             raise UserError(
                 f"the conversation of {len(self._ids)} tokens, {len(turn)} more and an answer of "
-                f"up to {self._limit} leave the model's context of {self._writer.context}; begin anew "
+                f"up to {self._limit} leave the context of {self._writer.context}; begin anew "
                 "or allow fewer new tokens."
             )
         generator = self._writer.generator
