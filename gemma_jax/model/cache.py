@@ -75,3 +75,33 @@ def write(
         cache.v.at[row, slot].set(v, mode="drop"),
         cache.positions.at[row, slot].set(positions, mode="drop"),
     )
+
+
+def take_rows(cache: Cache, rows: Int[Array, " b"]) -> Cache:
+    """The cache of a batch made of `rows` of this one; a row may be taken several times."""
+
+    def take(layer: LayerCache, axis: int) -> LayerCache:
+        return LayerCache(*(jnp.take(part, rows, axis=axis) for part in layer))
+
+    return Cache(
+        tuple(take(layer, 1) for layer in cache.periods),
+        tuple(take(layer, 0) for layer in cache.remainder),
+    )
+
+
+def begin_with(empty: Cache, first: Cache) -> Cache:
+    """`empty`, each row of it holding what the one row of `first` does, which has room for less."""
+
+    def fill(empty: LayerCache, first: LayerCache) -> LayerCache:
+        # A slot is position % slots: the same in both, or no position has come around yet.
+        n = min(empty.positions.shape[-1], first.positions.shape[-1])
+        return LayerCache(
+            empty.k.at[..., :n, :, :].set(first.k[..., :n, :, :]),
+            empty.v.at[..., :n, :, :].set(first.v[..., :n, :, :]),
+            empty.positions.at[..., :n].set(first.positions[..., :n]),
+        )
+
+    return Cache(
+        tuple(fill(*pair) for pair in zip(empty.periods, first.periods, strict=True)),
+        tuple(fill(*pair) for pair in zip(empty.remainder, first.remainder, strict=True)),
+    )

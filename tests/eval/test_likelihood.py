@@ -1,0 +1,91 @@
+"""Likelihoods of continuations against the full forward pass, token by token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax.errors import UserError
+from gemma_jax.eval import likelihood
+from gemma_jax.eval.likelihood import Request, likelihoods
+from gemma_jax.model.config import tiny
+from gemma_jax.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(tiny())
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), jnp.float32), model.shapes()
+    )
+
+
+def by_hand(model, params, request):
+    """(log-probability, greedy) of each continuation, each read on its own."""
+    results = []
+    for continuation in request.continuations:
+        tokens = jnp.asarray([[*request.context, *continuation]], jnp.int32)
+        logits = np.asarray(model.logits(params, model.hidden(params, tokens))[0], np.float64)
+        logits = logits[len(request.context) - 1 : -1]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        chosen = logprobs[np.arange(len(continuation)), continuation]
+        results.append((chosen.sum(), bool((chosen == logprobs.max(-1)).all())))
+    return results
+
+
+def drawn(rng, *, shared):
+    """Requests of all sizes around the window of 8 and the edges of buckets."""
+    prefix = rng.integers(1, 128, shared).tolist()
+    requests = []
+    for own, sizes in (
+        (1, (1, 2)),
+        (9, (3, 1, 17)),
+        (16, (4,)),
+        (17, (16, 2, 1, 5, 3)),
+        (3, (2, 2)),
+    ):
+        context = [*prefix, *rng.integers(1, 128, own).tolist()]
+        requests.append(Request(context, [rng.integers(1, 128, n).tolist() for n in sizes]))
+    return requests
+
+
+@pytest.mark.parametrize(("shared", "batch_tokens"), [(0, 8192), (0, 1), (12, 8192), (12, 64)])
+def test_each_continuation_is_scored_as_if_alone(model, params, shared, batch_tokens, monkeypatch):
+    monkeypatch.setattr(likelihood, "_MIN_SHARED", 4)
+    monkeypatch.setattr(likelihood, "_MIN_BUCKET", 4)
+    requests = drawn(np.random.default_rng(shared), shared=shared)
+    done = []
+    found = likelihoods(model, params, requests, batch_tokens=batch_tokens, advance=done.append)
+    assert sum(done) == len(requests)
+    for request, scores in zip(requests, found, strict=True):
+        expected = by_hand(model, params, request)
+        np.testing.assert_allclose([s.logprob for s in scores], [e[0] for e in expected], rtol=2e-5)
+        assert [s.greedy for s in scores] == [e[1] for e in expected]
+
+
+def test_what_the_model_would_say_is_greedy(model, params):
+    context = [2, 5, 9]
+    logits = model.logits(params, model.hidden(params, jnp.asarray([context], jnp.int32)))[0, -1]
+    best = int(logits.argmax())
+    ((yes, no),) = likelihoods(model, params, [Request(context, [[best], [(best + 1) % 128]])])
+    assert yes.greedy
+    assert not no.greedy
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([], [[1]]), "request 0 has an empty context"),
+        (Request([1], []), "request 0 has an empty context or continuation"),
+        (Request([1], [[2], []]), "empty context or continuation"),
+        (Request([1] * 60, [[2] * 5]), r"request 0 has 60 \+ 5 tokens, over the model's context"),
+    ],
+)
+def test_bad_requests_are_refused(model, request_, message):
+    with pytest.raises(UserError, match=message):
+        likelihoods(model, None, [request_])
