@@ -5,7 +5,6 @@ first use (`run`), and found again afterwards.
 """
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -126,24 +125,24 @@ def run(experiment: Experiment) -> dict[str, Any]:
     finished = runs.read_result(experiment.folder)
     if finished is not None:
         return finished
-    began = time.time()
-    job = build(experiment)
-    runs.claim(experiment.folder, to_json(experiment))  # not before the input is known to be good
-    outcome = train(job)
-    result = {
-        "name": experiment.name,
-        "bits_per_byte": outcome.metrics["valid/bits_per_byte"],
-        "loss": outcome.metrics["valid/loss"],
-        "accuracy": outcome.metrics["valid/accuracy"],
-        "tokens": experiment.num_steps * experiment.batch_tokens,
-        "steps": experiment.num_steps,
-        "tokens_per_s": outcome.metrics.get("tokens_per_s"),
-        "mfu": outcome.metrics.get("mfu"),
-        "wall_s": round(time.time() - began, 1),
-        "metrics": outcome.metrics,
-    }
-    if jax.process_index() == 0:
-        runs.write_result(experiment.folder, result)
+    with runs.held(experiment.folder) as seconds:
+        job = build(experiment)
+        runs.claim(experiment.folder, to_json(experiment))  # the input is known to be good
+        outcome = train(job)
+        result = {
+            "name": experiment.name,
+            "bits_per_byte": outcome.metrics["valid/bits_per_byte"],
+            "loss": outcome.metrics["valid/loss"],
+            "accuracy": outcome.metrics["valid/accuracy"],
+            "tokens": experiment.num_steps * experiment.batch_tokens,
+            "steps": experiment.num_steps,
+            "tokens_per_s": outcome.metrics.get("tokens_per_s"),
+            "mfu": outcome.metrics.get("mfu"),
+            "wall_s": round(seconds(), 1),
+            "metrics": outcome.metrics,
+        }
+        if jax.process_index() == 0:
+            runs.write_result(experiment.folder, result)
     return result
 
 

@@ -2,17 +2,21 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gemma_jax.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -67,6 +71,59 @@ def read_json(path: str | Path, what: str) -> Any:
         raise UserError(f"{path} does not exist; it should be {what}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); it should be {what}.") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, refusal: Callable[[str], Exception] | None = None) -> Iterator[None]:
+    """Makes `folder` where it is missing and holds it for this process alone.
+
+    Where process N holds it, raises `refusal(N)`, or waits if there is none. The system lets go of
+    the lock when a process ends, however it ends. Afterwards the lock's file is gone, and so are
+    the folders that were made for it, if nothing else has come into them.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    file = _lock(folder, refusal)
+    try:
+        yield
+    finally:
+        with file, contextlib.suppress(OSError):  # a folder that is not empty stays
+            (folder / LOCK).unlink()
+            for path in made:
+                path.rmdir()
+
+
+def _lock(folder: Path, refusal: Callable[[str], Exception] | None) -> IO[str]:
+    path = folder / LOCK
+    for attempt in itertools.count():
+        with disk_errors(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = path.open("a+")
+            except (FileNotFoundError, FileExistsError):
+                if attempt < 100:  # its last holder may just have taken the empty folder away
+                    continue
+                raise
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            if refusal is not None:
+                file.close()
+                raise refusal(holder) from None
+            print(f"waiting for process {holder}, which writes {folder}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems know no locks: go on without
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        if os.fstat(file.fileno()).st_nlink:  # 0: its holder has removed it meanwhile
+            with disk_errors(folder):
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+            return file
+        file.close()
+    raise AssertionError("the loop ends by itself")
 
 
 def file_hash(path: str | Path) -> str:

@@ -8,10 +8,14 @@ checkpoints/N/    params, ema where kept, progress, data
 result.json       written last: its presence says that the run is finished
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import shutil
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,15 @@ import numpy as np
 
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
-from gemma_jax.files import read_json, write_json
+from gemma_jax.files import locked, read_json, write_json
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import checked_fields, differences, to_json
 from gemma_jax.sharding import Layout
 from gemma_jax.training.checkpoint import FOLDER as CHECKPOINTS
-from gemma_jax.training.checkpoint import load_params
+from gemma_jax.training.checkpoint import checkpoint_steps, load_params
+from gemma_jax.training.metrics import FILE as METRICS
+from gemma_jax.training.metrics import read_metrics
 
 RUNS = Path("runs")
 EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
@@ -47,18 +53,70 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Callable[[], float]]:
+    """Holds a run folder for this process, or refuses one that another process trains in.
+
+    Yields what gives the seconds spent on the run so far, those of earlier starts included. A run
+    that is refused before it has saved anything lets go of the folder, so that the mended
+    experiment may have it. Of several hosts the first alone does any of this.
+    """
+    began = time.time()
+    if jax.process_index() != 0:
+        yield lambda: time.time() - began
+        return
+
+    def refusal(process: str) -> UserError:
+        return UserError(
+            f"{folder} is being trained by process {process}; wait for it, or stop it."
+        )
+
+    with locked(folder, refusal):
+        earlier = (_claim_of(folder) or {}).get("earlier_s", 0)
+        try:
+            yield lambda: earlier + time.time() - began
+        except UserError:
+            _let_go(folder)
+            raise
+        finally:
+            if not (folder / RESULT).exists() and (claim := _claim_of(folder)) is not None:
+                claim["earlier_s"] = round(earlier + time.time() - began, 1)
+                write_json(folder / EXPERIMENT, claim)
+
+
+def _let_go(folder: Path) -> None:
+    """Removes what a run has left that has saved nothing; its records stay, if there are any."""
+    if checkpoint_steps(folder):
+        return
+    for name in (EXPERIMENT, MODEL, TOKENIZER):
+        (folder / name).unlink(missing_ok=True)
+    if not read_metrics(folder):
+        (folder / METRICS).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def check_claim(folder: Path, experiment: dict[str, Any]) -> None:
     """Refuses a run folder that holds another experiment; writes nothing."""
-    path = folder / EXPERIMENT
-    if not path.exists():
+    claim = _claim_of(folder)
+    if claim is None:
         return
-    saved = read_json(path, "the settings of a run")["experiment"]
-    for name, here, there in differences(experiment, saved):
+    for name, here, there in differences(experiment, claim["experiment"]):
         if not _is_free(name):
             raise UserError(
                 f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
                 "the experiment another name, or remove the folder."
             )
+
+
+def _claim_of(folder: Path) -> dict[str, Any] | None:
+    path = folder / EXPERIMENT
+    if not path.exists():
+        return None
+    claim = read_json(path, "the settings of a run")
+    if not isinstance(claim, dict) or not isinstance(claim.get("experiment"), dict):
+        raise UserError(f"{path} is not the settings of a run; copy it again.")
+    return claim
 
 
 def claim(folder: Path, experiment: dict[str, Any]) -> None:
@@ -70,18 +128,17 @@ def claim(folder: Path, experiment: dict[str, Any]) -> None:
     check_claim(folder, experiment)
     if jax.process_index() != 0:
         return
-    path = folder / EXPERIMENT
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     versions = {name: importlib.metadata.version(name) for name in names}
     now = {"commit": _commit(), "versions": versions}
-    if not path.exists():
-        write_json(path, {"experiment": experiment, **now})
+    saved = _claim_of(folder)
+    if saved is None:
+        write_json(folder / EXPERIMENT, {"experiment": experiment, **now})
         return
-    saved = read_json(path, "the settings of a run")
     later = saved.get("resumed_with", [])
     known = [(start["commit"], start["versions"]) for start in (saved, *later)]
     if (now["commit"], now["versions"]) not in known:
-        write_json(path, saved | {"resumed_with": [*later, now]})
+        write_json(folder / EXPERIMENT, saved | {"resumed_with": [*later, now]})
 
 
 def _is_free(path: str) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -10,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax import runs
+from gemma_jax import experiment, runs
 from gemma_jax.data.packing import packed_sequences
 from gemma_jax.data.tokenizer import TokenizerConfig
 from gemma_jax.data.tokens import Corpus
 from gemma_jax.distill.objective import Distill
-from gemma_jax.errors import UserError
+from gemma_jax.errors import Interrupted, UserError
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.experiment import Experiment, TeacherRun, open_tokens, run
 from gemma_jax.experiment_file import load_file
+from gemma_jax.files import locked
 from gemma_jax.model.config import tiny
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import override, to_json
@@ -124,6 +126,41 @@ def test_what_does_not_fit_a_teacher_is_refused_before_it_is_trained(base, chang
     assert not student.folder.exists()  # so that the mended experiment may have it
 
 
+def test_a_folder_that_another_process_trains_in_is_refused(base, result):
+    other = dataclasses.replace(base, name="held")
+    with (
+        locked(other.folder),
+        pytest.raises(UserError, match=rf"runs/held is being trained by process {os.getpid()};"),
+    ):
+        run(other)
+    with locked(base.folder):
+        assert run(base)["loss"] == result["loss"]  # a finished run needs nothing
+
+
+def test_a_refused_run_keeps_no_folder(base, monkeypatch):
+    """So that the mended experiment may have it; what was saved is kept."""
+
+    def refuse(job):
+        (job.folder / "tensorboard").mkdir()
+        raise UserError("a record is damaged.")
+
+    monkeypatch.setattr(experiment, "train", refuse)
+    with pytest.raises(UserError, match="is damaged"):
+        run(dataclasses.replace(base, name="refused"))
+    assert not Path("runs/refused").exists()
+
+
+def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):
+    clock = iter([0.0, 100.0, 1000.0, 1005.0])
+    monkeypatch.setattr(runs.time, "time", lambda: next(clock))
+    runs.claim(tmp_path, {"name": "x"})
+    with pytest.raises(Interrupted), runs.held(tmp_path):
+        raise Interrupted
+    with runs.held(tmp_path) as seconds:
+        assert seconds() == 105.0
+        runs.write_result(tmp_path, {})
+
+
 def test_bits_per_byte_by_hand(base, result):
     loaded = runs.load_model(base.folder)
     tokens = open_tokens(base.data)
@@ -201,27 +238,27 @@ def points_of(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_experiment_file_fits_eight_devices(path, folder):
     """Shapes of one step of every point, laid out by the sharding rules; nothing is allocated."""
-    for experiment in points_of(path):
-        to_json(experiment)
+    for one in points_of(path):
+        to_json(one)
         layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
-        model = Transformer(experiment.model)
-        optimizer = experiment.optimizer.build(model.axes(), experiment.num_steps)
-        shape = (experiment.batch_size, experiment.seq_len)
+        model = Transformer(one.model)
+        optimizer = one.optimizer.build(model.axes(), one.num_steps)
+        shape = (one.batch_size, one.seq_len)
         batch = {
             name: jax.ShapeDtypeStruct(shape, jnp.int32)
             for name in ("tokens", "labels", "segment_ids", "positions")
         }
         floats = ["loss_mask"]
-        if isinstance(experiment.objective, Distill):
+        if isinstance(one.objective, Distill):
             floats += ["teacher_label_logprob", "teacher_entropy"]
             batch["target_ids"] = jax.ShapeDtypeStruct((*shape, 4), jnp.int32)
             batch["target_weights"] = jax.ShapeDtypeStruct((*shape, 4), jnp.float32)
         batch |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in floats}
-        ema = experiment.train.ema_decay
+        ema = one.train.ema_decay
         step = make_step(
-            experiment.objective.build(model, softcap=experiment.model.final_softcap),
+            one.objective.build(model, softcap=one.model.final_softcap),
             optimizer,
-            microbatches=experiment.train.microbatches,
+            microbatches=one.train.microbatches,
             ema_decay=ema,
         )
         state = jax.eval_shape(

@@ -60,6 +60,9 @@ class ShardsWriter:
     def is_written(self, shard: int) -> bool:
         return (self.path / self._names[shard]).exists()
 
+    def is_complete(self) -> bool:
+        return all(map(self.is_written, range(len(self._names))))
+
     def write(self, shard: int, records: Iterable[bytes]) -> None:
         """Writes all records of one shard: the file is there whole or not at all."""
         file = self.path / self._names[shard]

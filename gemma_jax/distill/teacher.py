@@ -5,11 +5,11 @@ head and the sampler. A chunk of logits is all that is ever held of [tokens, V].
 works on a batch the host encodes the one before.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from gemma_jax.distill.sampling import METHODS, Method, sample_targets, token_ke
 from gemma_jax.distill.shard_writer import ShardsWriter, checked_sequences
 from gemma_jax.distill.shards import MANIFEST, ShardsDescription, TeacherShards
 from gemma_jax.errors import UserError
+from gemma_jax.files import locked
 from gemma_jax.progress import Advance, progress
 
 Example = dict[str, np.ndarray]
@@ -223,13 +224,20 @@ def write_teacher_shards(
         records_per_shard=job.records_per_shard,
     )
     writer = ShardsWriter(job.path, description)
-    names = description.shard_names()
-    if (Path(job.path) / MANIFEST).exists() and all(map(writer.is_written, range(len(names)))):
+    if (writer.path / MANIFEST).exists() and writer.is_complete():
         return TeacherShards.open(job.path).manifest
+    # Of several processes of one job the first alone takes the lock.
+    with locked(writer.path) if jax.process_index() == 0 else contextlib.nullcontext():
+        return _write_missing(teacher, writer, checked_sequences(sequences, description))
 
-    source = checked_sequences(sequences, description)
+
+def _write_missing(
+    teacher: Teacher, writer: ShardsWriter, source: Iterator[Example]
+) -> dict[str, Any]:
+    description = writer.description
+    names, seq_len = description.shard_names(), description.seq_len
     ready = sum(len(description.shard_range(s)) for s in range(len(names)) if writer.is_written(s))
-    with progress("teacher", num_sequences * seq_len, start=ready * seq_len) as advance:
+    with progress("teacher", description.num_records * seq_len, start=ready * seq_len) as advance:
         for shard in range(len(names)):
             indices = description.shard_range(shard)
             ours = itertools.islice(source, len(indices))

@@ -40,7 +40,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def contents(folder: str) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != ".lock"}
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
 
 def decoded(token_set: TokenSet, split: str) -> list[str]:
