@@ -64,6 +64,37 @@ def test_damaged_weights(sandbox: Path, line: str, words: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_folder_is_trained_by_one_process(sandbox: Path) -> None:
+    """The second one is refused while the first one lives, and goes on when it was killed."""
+    line = "train exp.py --set train.checkpoint_every=40 --arg tokens=102400 --arg name=stopped"
+    with subprocess.Popen(
+        command(*line.split()), env=environment(), stderr=subprocess.PIPE
+    ) as first:
+        while not Path("runs/stopped/metrics.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = ended(command(*line.split()))
+        assert first.poll() is None
+        first.kill()
+    assert second.returncode == 2
+    assert second.stderr == (
+        f"error: runs/stopped is being trained by process {first.pid}; wait for it, or stop it.\n"
+    )
+    assert ended(command(*line.split())).returncode == 0
+
+
+def test_python_is_not_told_what_libraries_do(sandbox: Path) -> None:
+    """A run whose first checkpoint is not validated, and what one does with it afterwards."""
+    code = "from gemma_jax import trained, experiment, experiment_file, settings\n"
+    code += "base = experiment_file.load_file('exp.py', {'name': 'python'})['BASE']\n"
+    code += "experiment.run(base); print(trained.evaluate(base.folder, data='tokens'))"
+    process = ended([sys.executable, "-c", code])
+    assert "WARNING" not in process.stderr
+    assert "np.float64" not in process.stdout
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_the_disk_refuses(sandbox: Path) -> None:
     """The limit of a file's size stands in for a full disk, and the same command goes on."""
     argv = command("train", "exp.py", "--arg", "name=refused", "--set", "model.mlp_dim=2048")
@@ -89,7 +120,8 @@ def test_interrupted_training_goes_on(sandbox: Path) -> None:
     code, out, err = stopped(f"{line}stopped", signal.SIGINT)
     assert code == 130, err
     assert out == ""
-    assert re.fullmatch(r"\nstopped stopped at step \d+ of 400 and is saved; .*\.\n", err)
+    said = r"stopped: going on from step \d+\n\nstopped stopped at step \d+ of 400 and is saved"
+    assert re.fullmatch(rf"{said}; .*\.\n", err)
     assert not Path("runs/stopped/result.json").exists()
 
     resumed = ended(command(*f"{line}stopped".split()))

@@ -74,7 +74,7 @@ def make_evaluation(
                     parts.append(totals(params, jax.device_put(batch, place), sizes))
                     advance(1)
             # Sums of a batch are exact enough in float32, sums over batches want float64.
-            sums = _Totals(*np.asarray(jax.device_get(parts), np.float64).sum(axis=0))
+            sums = _Totals(*np.asarray(jax.device_get(parts), np.float64).sum(axis=0).tolist())
         loss = sums.nats / max(sums.tokens, 1)
         return {
             "bits_per_byte": sums.text_nats / math.log(2) / max(sums.bytes, 1),

@@ -6,8 +6,10 @@ can go on), and a reader of the weights touches nothing else.
 """
 
 import contextlib
+import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +32,17 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep_last: int = 2, keep_best: int = 1) -> None:
         policies = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(keep_last),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: -metrics[BEST_METRIC],
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+            [checkpoint_managers.LatestN(keep_last), _Best(keep_best)]
         )
         self._folder = folder / FOLDER
+        _check_metrics(self._folder)
         with disk_errors(self._folder):
             self._manager = ocp.CheckpointManager(
                 self._folder.absolute(),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policies,
                     # Without it metrics are not written, and the best is forgotten at a restart.
-                    best_fn=lambda metrics: -metrics[BEST_METRIC],
+                    best_fn=lambda metrics: -_score(metrics),
                     cleanup_tmp_directories=True,
                 ),
             )
@@ -55,7 +51,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, state: TrainState, batches: grain.DatasetIterator, metrics: dict[str, float] | None
+        self, state: TrainState, batches: grain.DatasetIterator, metrics: dict[str, float]
     ) -> None:
         """Starts to write; the arrays are copied off the device before this returns."""
         items: dict[str, Any] = {
@@ -65,9 +61,8 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        best = metrics if metrics and BEST_METRIC in metrics else None
-        with write_errors(self._folder):
-            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=best)
+        with _write_errors(self._folder):
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The state at `step`, laid out as `like` (shapes, shardings); moves `batches` there."""
@@ -78,15 +73,17 @@ class Checkpoints:
         }
         if like.ema is not None:
             items["ema"] = ocp.args.StandardRestore(like.ema)
+        place = self._folder / str(step)
         try:
+            _check_shapes(place, place.absolute() / "params", like.params)
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            if not isinstance(restored["data"], dict):
+                raise ValueError("the position of the batch stream is none")
+            batches.set_state(restored["data"])
+        except UserError:
+            raise
         except _DAMAGE as error:
-            place = self._folder / str(step)
-            raise UserError(
-                f"the checkpoint {place} is damaged; copy it again, or delete that folder to go on "
-                "from the one before."
-            ) from error
-        batches.set_state(restored["data"])
+            raise _damaged(place) from error
         progress = restored["progress"]
         return TrainState(
             progress["step"], restored["params"], progress["opt_state"], restored.get("ema")
@@ -94,16 +91,16 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
-        with write_errors(self._folder):
+        with _write_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with write_errors(self._folder):
+        with _write_errors(self._folder):
             self._manager.close()
 
 
 @contextlib.contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     """`disk_errors`, also where TensorStore hands on the disk's error in the text of its own."""
     with disk_errors(folder):
         try:
@@ -126,15 +123,19 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
 
     `like` is the tree of shapes (with shardings where wanted) of the model they should fit.
     """
-    item = weights_folder(folder, step)
-    place, steps = item.parent, checkpoint_steps(folder)
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise UserError(
+            f"{folder} holds no checkpoint; give the folder of a run that has saved one."
+        )
+    if step is not None and step not in steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
+    place = Path(folder) / FOLDER / str(step or steps[-1])
+    item = place.absolute() / ("ema" if (place / "ema").exists() else "params")
     try:
-        with ocp.StandardCheckpointer() as reader:
-            saved = reader.metadata(item).item_metadata
-            if saved is None:
-                raise ValueError("its weights cannot be read")
-            _same_shapes(like, saved.tree, place)
-            return reader.restore(item, like)
+        _check_shapes(place, item, like)
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+            return reader.restore(item, args=ocp.args.StandardRestore(like))
     except UserError:
         raise
     except _DAMAGE as error:
@@ -144,17 +145,49 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
         ) from error
 
 
-def weights_folder(folder: str | Path, step: int | None = None) -> Path:
-    """Where a checkpoint keeps the weights to use: of `step` or the last; the average if kept."""
-    steps = checkpoint_steps(folder)
-    if not steps:
-        raise UserError(
-            f"{folder} holds no checkpoint; give the folder of a run that has saved one."
-        )
-    if step is not None and step not in steps:
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
-    place = Path(folder).absolute() / FOLDER / str(steps[-1] if step is None else step)
-    return place / ("ema" if (place / "ema").exists() else "params")
+def _check_shapes(place: Path, item: Path, like: Any) -> None:
+    # The handler alone: a `Checkpointer` would ask this item for what its checkpoint has, and warn.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        saved = reader.metadata(item)
+    if saved is None:
+        raise ValueError("its weights cannot be read")
+    _same_shapes(like, saved.tree, place)
+
+
+def _damaged(place: Path) -> UserError:
+    return UserError(
+        f"the checkpoint {place} is damaged; copy it again, or delete that folder to go on from "
+        "the one before."
+    )
+
+
+def _score(metrics: Any) -> float:
+    """What the best checkpoint has least of; infinite for one that was not validated."""
+    return metrics.get(BEST_METRIC, math.inf) if isinstance(metrics, dict) else math.inf
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the `n` best checkpoints, of those alone that were validated.
+
+    Orbax's own `BestN` asks for metrics in all or warns at each checkpoint without.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        validated = [one for one in checkpoints if math.isfinite(_score(one.metrics))]
+        best = sorted(validated, key=lambda one: _score(one.metrics))[: self._n]
+        return [one in best for one in checkpoints]
+
+
+def _check_metrics(folder: Path) -> None:
+    """Orbax reads the metrics of every checkpoint when it opens the folder."""
+    for file in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            raise _damaged(file.parents[1]) from error
 
 
 def _same_shapes(like: Any, saved: Any, place: Path) -> None:

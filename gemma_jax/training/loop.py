@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ def train(job: Job) -> Trained:
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
             )
             state = checkpoints.restore(start, like, batches)
+            if start < job.num_steps and jax.process_index() == 0:
+                print(f"{job.name}: going on from step {start}", file=sys.stderr)
         else:
             state = jax.jit(fresh, out_shardings=shardings)()
 

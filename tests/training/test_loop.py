@@ -1,10 +1,12 @@
 """The loop: exact resume, what is kept, what is logged, when it stops."""
 
+import dataclasses
 import json
 import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -125,6 +127,32 @@ def test_weights_of_another_model_or_step_are_refused(make_job, params):
         load_params(job.folder, other)
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_params(job.folder / "nothing", params)
+
+
+def test_a_checkpoint_of_another_model_is_not_gone_on_from(make_job, params):
+    train(make_job(steps=4))
+    other = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 8), x.dtype), params)
+    job = dataclasses.replace(make_job(), init_params=lambda: other)
+    with pytest.raises(UserError, match="another model: parameter"):
+        train(job)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("metrics/metrics", '{"a'), ("data/metadata", "{}"), ("data/metadata", "[]")],
+)
+def test_a_damaged_checkpoint_is_one_sentence(make_job, file, content):
+    train(make_job(steps=4))
+    (make_job().folder / "checkpoints/4" / file).write_text(content)
+    with pytest.raises(UserError, match="checkpoints/4 is damaged; copy it again, or delete"):
+        train(make_job())
+
+
+def test_a_resumed_run_says_where_it_goes_on(make_job, capsys):
+    train(make_job(steps=4))
+    assert "going on" not in capsys.readouterr().err
+    train(make_job(steps=8))
+    assert "tiny: going on from step 4\n" in capsys.readouterr().err
 
 
 def test_the_position_of_the_stream_does_not_depend_on_hosts(make_job):
