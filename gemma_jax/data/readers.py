@@ -111,6 +111,9 @@ def text_blocks(name: str) -> Iterator[str]:
             before += len(block)
 
 
+_RENAME = "give the right name as --text-field, or as text_field of a Corpus"
+
+
 def json_texts(name: str, text_field: str) -> Iterator[str]:
     with reading(name), _open(name) as file:
         for number, line in enumerate(file, start=1):
@@ -132,8 +135,7 @@ def json_texts(name: str, text_field: str) -> Iterator[str]:
             if not isinstance(text, str):
                 has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                 raise UserError(
-                    f'{place} has no text under "{text_field}" (it has: {has}); set text_field to '
-                    "the right name."
+                    f'{place} has no text under "{text_field}" (it has: {has}); {_RENAME}.'
                 )
             yield from _checked([text], place)
 
@@ -148,7 +150,7 @@ def parquet_texts(name: str, text_field: str) -> Iterator[str]:
             if text_field not in table.schema_arrow.names:
                 raise UserError(
                     f'{name} has no column "{text_field}" (it has: '
-                    f"{', '.join(table.schema_arrow.names)}); set text_field to the right name."
+                    f"{', '.join(table.schema_arrow.names)}); {_RENAME}."
                 )
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 yield from _checked(batch.column(0).to_pylist(), name)
@@ -186,7 +188,7 @@ def hf_texts(name: str, text_field: str) -> Iterator[str]:
     if text_field not in dataset.column_names:
         raise UserError(
             f'{name} has no column "{text_field}" (it has: {", ".join(dataset.column_names)}); '
-            "set text_field to the right name."
+            f"{_RENAME}."
         )
     rows = dataset.select_columns([text_field])
     yield from _checked((row[text_field] for row in rows), name)

@@ -72,7 +72,7 @@ class TokenizerConfig:
         if self.vocab_size <= least:
             raise UserError(
                 f"vocab_size {self.vocab_size} leaves no room for words: {least} ids are control "
-                f"pieces, whitespace and bytes; set TokenizerConfig.vocab_size to 512 or more."
+                f"pieces, whitespace and bytes; set vocab_size to 512 or more."
             )
         require_positive(self, "sample_bytes", "character_coverage")
         require_fractions(self, "character_coverage")
@@ -111,7 +111,7 @@ class Tokenizer:
         if self.decode(self.encode(_ROUND_TRIP_PROBE)) != _ROUND_TRIP_PROBE:
             raise UserError(
                 f"{name} changes text (it normalises, or has no bytes to fall back on), but every "
-                "text has to come back byte for byte; train one with TokenizerConfig."
+                "text has to come back byte for byte; train one with `gemma-jax tokenizer train`."
             )
 
     @classmethod
@@ -213,8 +213,12 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: str | P
     sample alone.
 
     Raises:
-      UserError: if the vocabulary is too large or too small for the sample.
+      UserError: if the vocabulary is too large or too small for the sample, or there is another
+        tokenizer at `path`.
     """
+    there = Path(path).read_bytes() if Path(path).is_file() else None
+    if there is not None and Tokenizer(there, str(path)).vocab_size != config.vocab_size:
+        raise _is_taken(path)  # at once: training would take a while
     sample = _sample(texts, config)
     model = io.BytesIO()
     try:
@@ -246,20 +250,30 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: str | P
     except (RuntimeError, ValueError) as error:
         raise _training_error(str(error), config) from error
     tokenizer = Tokenizer(model.getvalue(), str(path))
-    tokenizer.save(path)
+    if there is None:
+        tokenizer.save(path)
+    elif tokenizer.model != there:
+        raise _is_taken(path)
     return tokenizer
+
+
+def _is_taken(path: str | Path) -> UserError:
+    return UserError(
+        f"{path} is another tokenizer already, of other text or settings; choose another path, or "
+        "delete that file."
+    )
 
 
 def _training_error(message: str, config: TokenizerConfig) -> Exception:
     if found := re.search(r"too high.*<= (\d+)", message):
         return UserError(
             f"vocab_size {config.vocab_size} is too large for this corpus, which supports at most "
-            f"{found[1]}; set TokenizerConfig.vocab_size to {found[1]} or less, or give more text."
+            f"{found[1]}; set vocab_size to {found[1]} or less, or give more text."
         )
     if found := re.search(r"required_chars.*?(\d+) vs (\d+)", message, re.DOTALL):
         return UserError(
             f"vocab_size {config.vocab_size} is too small for the characters of this corpus, which "
-            f"take {found[2]}; set TokenizerConfig.vocab_size above that, or lower "
+            f"take {found[2]}; set vocab_size above that, or lower "
             "character_coverage."
         )
     if "!sentences_.empty()" in message or "empty" in message.lower():

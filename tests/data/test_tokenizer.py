@@ -131,7 +131,7 @@ def test_vocabulary_of_the_wrong_size_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"at most (\d+)") as caught:
         train_tokenizer(["a few words"], TokenizerConfig(vocab_size=5000), tmp_path / "m")
     largest = int(str(caught.value).split("at most ")[1].split(";")[0])
-    train_tokenizer(["a few words"], TokenizerConfig(vocab_size=largest), tmp_path / "m")
+    train_tokenizer(["a few words"], TokenizerConfig(vocab_size=largest), tmp_path / "words")
     many = ["".join(chr(0x4E00 + i) for i in range(1000))]
     with pytest.raises(UserError, match="too small for the characters"):
         train_tokenizer(many, TokenizerConfig(vocab_size=500), tmp_path / "m")
@@ -139,6 +139,16 @@ def test_vocabulary_of_the_wrong_size_is_refused(tmp_path) -> None:
         TokenizerConfig(vocab_size=300)
     with pytest.raises(UserError, match="no text"):
         train_tokenizer([], TokenizerConfig(vocab_size=500), tmp_path / "m")
+
+
+def test_another_tokenizer_is_not_overwritten(tmp_path) -> None:
+    config, path = TokenizerConfig(vocab_size=420), tmp_path / "m"
+    first = train_tokenizer(TEXTS, config, path)
+    assert train_tokenizer(TEXTS, config, path).hash == first.hash
+    for texts, other in ((TEXTS[:5], config), (None, TokenizerConfig(vocab_size=410))):
+        with pytest.raises(UserError, match="is another tokenizer already"):
+            train_tokenizer(texts, other, path)  # type: ignore[arg-type]
+    assert path.read_bytes() == first.model
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path) -> None:
