@@ -268,8 +268,15 @@ def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
     defined = _load_file(path, arguments)
     if "SWEEP" not in defined:
         raise UserError(f"{path} defines no SWEEP; use `gemma-jax train {path}`.")
-    sweep = defined["SWEEP"]
+    sweep, changes = defined["SWEEP"], _changes(arguments)
     seeds = sweep.seeds
+    if "seed" in changes:
+        if arguments.verb == "sweep":
+            raise UserError(
+                f"--set seed={changes['seed']} is for one run, and a sweep has seeds; use --seeds "
+                f"{changes['seed']}."
+            )
+        seeds = (changes["seed"],)
     if getattr(arguments, "seeds", None) is not None:
         try:
             seeds = tuple(seed(text) for text in arguments.seeds.split(","))
@@ -278,7 +285,7 @@ def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
                 f"--seeds '{arguments.seeds}' must be whole numbers from 0 on, with commas, "
                 "such as 0,1,2."
             ) from None
-    return dataclasses.replace(sweep, base=override(sweep.base, _changes(arguments)), seeds=seeds)
+    return dataclasses.replace(sweep, base=override(sweep.base, changes), seeds=seeds)
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {

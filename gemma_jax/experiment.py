@@ -146,6 +146,15 @@ def run(experiment: Experiment) -> dict[str, Any]:
     return result
 
 
+def finished_result(experiment: Experiment) -> dict[str, Any] | None:
+    """The result of a run that is finished; None where it is not, or was of other settings."""
+    try:
+        runs.check_claim(experiment.folder, to_json(experiment))
+    except UserError:
+        return None
+    return runs.read_result(experiment.folder)
+
+
 def build(experiment: Experiment) -> Job:
     """Everything that the loop needs, with all input checked against all other."""
     layout = make_layout(experiment.mesh)

@@ -41,7 +41,12 @@ def _override(settings: Any, changes: Mapping[str, Any], prefix: str) -> Any:
     for name, nested in inner.items():
         base = values.get(name, settings[name] if is_mapping else getattr(settings, name))
         values[name] = _override(base, nested, f"{prefix}{name}.")
-    return settings | values if is_mapping else dataclasses.replace(settings, **values)
+    if is_mapping:
+        return settings | values
+    try:
+        return dataclasses.replace(settings, **values)
+    except UserError as error:  # names the class; who set a path knows it by that
+        raise UserError(str(error).replace(f"{type(settings).__name__}.", prefix)) from error
 
 
 def _fields(settings: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax
 
 from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
-from gemma_jax.experiment import Experiment, TeacherRun, run
+from gemma_jax.experiment import Experiment, TeacherRun, finished_result, run
 from gemma_jax.files import write_bytes, write_text
 from gemma_jax.model.cache import cache_bytes
 from gemma_jax.model.config import count_parameters
@@ -23,6 +23,7 @@ from gemma_jax.settings import override, to_json
 from gemma_jax.training.metrics import read_metrics
 
 type Row = dict[str, Any]
+type Finished = tuple[str, Experiment, dict[str, Any]]
 _COLUMNS = (
     *("point", "seed", "bits_per_byte", "loss", "accuracy", "tokens", "tokens_per_s", "wall_s"),
     *("parameters", "embedding_parameters", "kv_cache_bytes"),
@@ -49,6 +50,11 @@ class Sweep:
         seen: dict[str, str] = {}
         for point in self.points:
             settings = str(to_json(dataclasses.replace(self.experiment(point, 0), name="any")))
+            if fixed := {"name", "seed"} & self.points[point].keys():
+                raise UserError(
+                    f"point '{point}' sets {min(fixed)}, which the sweep sets itself: seeds are "
+                    "given as seeds=(0, 1, 2), and the name follows from the point."
+                )
             if settings in seen:
                 raise UserError(f"points '{seen[settings]}' and '{point}' are equal; drop one.")
             seen[settings] = point
@@ -81,14 +87,32 @@ def grid(
 
 
 def run_sweep(sweep: Sweep) -> list[Row]:
-    """Runs what is not finished, and writes results.csv, results.md and results.png after each."""
-    rows: list[Row] = []
+    """Runs what is not finished, and writes results.csv, results.md and results.png after each.
+
+    Returns a row for each finished run, as in the tables: of other seeds too, if they were run
+    with the same settings.
+    """
+    rows = []
     for seed, point in itertools.product(sweep.seeds, sweep.points):
-        experiment = sweep.experiment(point, seed)
-        rows.append(_row(experiment, run(experiment), point))
+        run(sweep.experiment(point, seed))
+        finished = finished_runs(sweep)
+        rows = [_row(one, result, name) for name, one, result in finished] + teacher_rows(sweep)
         if jax.process_index() == 0:
-            _write(sweep, rows + teacher_rows(sweep))
-    return rows + teacher_rows(sweep)
+            _write(sweep, rows, finished)
+    return rows
+
+
+def finished_runs(sweep: Sweep) -> list[Finished]:
+    """(point, experiment, result) of each run that is finished, point by point."""
+    found = []
+    names = [path.name for point in sweep.points for path in (sweep.folder / point).glob("seed*")]
+    seeds = {int(name[4:]) for name in names if name[4:].isdecimal()}
+    for point, seed in itertools.product(sweep.points, sorted(seeds)):
+        experiment = sweep.experiment(point, seed)
+        result = finished_result(experiment)
+        if result is not None:
+            found.append((point, experiment, result))
+    return found
 
 
 def teacher_rows(sweep: Sweep) -> list[Row]:
@@ -98,9 +122,9 @@ def teacher_rows(sweep: Sweep) -> list[Row]:
         objective = sweep.experiment(point, sweep.seeds[0]).objective
         if isinstance(objective, Distill) and isinstance(objective.shards, TeacherRun):
             teacher = objective.shards.teacher
-            if isinstance(teacher, Experiment) and (teacher.folder / "result.json").exists():
-                teachers[teacher.name] = teacher
-    return [_row(teacher, run(teacher), Path(name).name) for name, teacher in teachers.items()]
+            if isinstance(teacher, Experiment) and (result := finished_result(teacher)):
+                teachers[teacher.name] = _row(teacher, result, Path(teacher.name).name)
+    return list(teachers.values())
 
 
 def _row(experiment: Experiment, result: Mapping[str, Any], point: str) -> Row:
@@ -115,19 +139,19 @@ def _row(experiment: Experiment, result: Mapping[str, Any], point: str) -> Row:
     }
 
 
-def _write(sweep: Sweep, rows: list[Row]) -> None:
+def _write(sweep: Sweep, rows: list[Row], finished: list[Finished]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS)
     writer.writeheader()
     writer.writerows(rows)
     write_text(sweep.folder / "results.csv", text.getvalue())
     write_text(sweep.folder / "results.md", markdown(rows))
-    write_bytes(sweep.folder / "results.png", _plot(sweep))
+    write_bytes(sweep.folder / "results.png", _plot(sweep, finished))
 
 
 def markdown(rows: list[Row]) -> str:
     """A table with a line for each point: mean and standard deviation over seeds, and the paired
-    difference from the first point with its standard error."""
+    difference from the first point with its standard error, over the seeds that both have."""
     lines = [
         "| point | seeds | bits/byte | against first | loss | accuracy | tokens/s | parameters |",
         "|---|---|---|---|---|---|---|---|",
@@ -140,7 +164,9 @@ def markdown(rows: list[Row]) -> str:
         paired = [
             row["bits_per_byte"] - first[row["seed"]] for row in group if row["seed"] in first
         ]
-        against = _spread(paired, error=True) if place and len(paired) == len(first) else ""
+        against = _spread(paired, error=True) if place and paired else ""
+        if against and len(paired) < len(first):
+            against += f" ({len(paired)} of {len(first)} seeds)"
         rates = [row["tokens_per_s"] for row in group if row["tokens_per_s"]]
         lines.append(
             f"| {point} | {len(group)} | {_spread([r['bits_per_byte'] for r in group])} "
@@ -162,8 +188,9 @@ def _spread(values: list[float], *, error: bool = False) -> str:
     return f"{text} ± {deviation:.4f}"
 
 
-def _plot(sweep: Sweep) -> bytes:
-    """Validation bits/byte over training tokens, a colour a point, a line a seed."""
+def _plot(sweep: Sweep, finished: list[Finished]) -> bytes:
+    """Validation bits/byte over training tokens, a colour a point, a line a seed; the legend has
+    each point's last value, the mean over its seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -173,22 +200,17 @@ def _plot(sweep: Sweep) -> bytes:
     axes = figure.add_subplot()
     low, high = math.inf, -math.inf
     for colour, point in enumerate(sweep.points):
-        for place, seed in enumerate(sweep.seeds):
-            experiment = sweep.experiment(point, seed)
+        runs = [(one, result) for name, one, result in finished if name == point]
+        mean = statistics.mean([result["bits_per_byte"] for _, result in runs] or [math.nan])
+        label = f"{point}: {mean:.3f}" + (f", {len(runs)} seeds" if len(runs) > 1 else "")
+        for experiment, _ in runs:
             records = [r for r in read_metrics(experiment.folder) if "valid/bits_per_byte" in r]
             if not records:
                 continue
             x = [record["step"] * experiment.batch_tokens for record in records]
             y = [record["valid/bits_per_byte"] for record in records]
-            axes.plot(
-                x,
-                y,
-                color=f"C{colour}",
-                marker="o",
-                markersize=3,
-                alpha=1 if place == 0 else 0.5,
-                label=f"{point}: {y[-1]:.3f}" if place == 0 else None,
-            )
+            axes.plot(x, y, color=f"C{colour}", marker="o", markersize=3, alpha=0.7, label=label)
+            label = ""  # one entry a point
             low, high = min(low, *y), max(high, *y[len(y) // 4 :])
     for row in teacher_rows(sweep):
         value = row["bits_per_byte"]
@@ -199,7 +221,9 @@ def _plot(sweep: Sweep) -> bytes:
         axes.set_ylim(low - margin, high + margin)
         axes.legend(frameon=False)
     axes.set(
-        title=f"{sweep.base.name}: held-out text", xlabel="training tokens", ylabel="bits per byte"
+        title=f"{sweep.base.name}: held-out text (a line a seed)",
+        xlabel="training tokens",
+        ylabel="bits per byte",
     )
     axes.xaxis.set_major_formatter(FuncFormatter(_tokens_label))
     axes.grid(alpha=0.3)

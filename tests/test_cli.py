@@ -108,6 +108,11 @@ def test_finished_work_returns_at_once(made: dict[str, Any]) -> None:
     assert again == made["teacher"]
 
 
+def test_one_point_is_trained_with_the_seed_that_is_set(made: dict[str, Any]) -> None:
+    given = arguments.parse("train exp.py --point a --set seed=3".split())
+    assert cli._load_sweep(Path("exp.py"), given).seeds == (3,)
+
+
 def test_verbs_and_options_are_frozen() -> None:
     (verbs,) = (a.choices for a in arguments.parser()._actions if isinstance(a.choices, dict))
     found = {
@@ -129,7 +134,7 @@ MISTAKES = {
     "data build x --source empty.txt": "has no text",
     "data build x --source latin.txt": "not UTF-8 at byte 3",
     "data build x --source broken.jsonl": "line 2 is not JSON",
-    "data build x --source field.jsonl": 'no text under "text"',
+    "data build x --source field.jsonl": 'no text under "text" (it has: body); give the right name',
     "data build x --source good.jsonl --vocab-size 100000": "vocab_size 100000 is too large",
     "data build x --source good.jsonl --vocab-size 5": "vocab_size 5",
     "data build x --source good.jsonl --valid-fraction 2": "valid_fraction 2.0",
@@ -139,6 +144,7 @@ MISTAKES = {
     "data build good.jsonl --source good.jsonl --vocab-size 400": "in the way",
     "tokenizer train tokens --source good.jsonl --vocab-size 400": "in the way",
     "tokenizer train x/t.model --source empty.txt": "no text",
+    "tokenizer train tokens/tokenizer.model --source good.jsonl --vocab-size 410": "another path",
     "train nowhere.py": "nowhere.py",
     "train nothing.py": "neither BASE",
     "train syntax.py": "not valid Python",
@@ -164,6 +170,7 @@ MISTAKES = {
     "sweep equal.py": "'a' and 'b' are equal",
     "sweep exp.py --seeds a,b": "--seeds 'a,b'",
     "sweep exp.py --seeds 0,0": "a seed twice",
+    "sweep exp.py --set seed=3": "use --seeds 3",
     "quickstart exp.py": "needs 'scratch'",
     f"{TEACHER} x --seq-len 999": "seq_len=999",
     f"{TEACHER} x --seq-len 32 --num-sequences 0": "--num-sequences: 0",

@@ -50,6 +50,7 @@ def test_settings_that_must_fit_each_other_change_together():
         ({"model.num_heads": True}, "must be int"),
         ({"model.remat": "some"}, "'none' or 'dots' or 'full'"),
         ({"optimizer": "sgd"}, "AdamW or Muon"),
+        ({"optimizer.learning_rate": 0}, r"^optimizer\.learning_rate=0\.0 must be positive"),
     ],
 )
 def test_refusals(changes, words):

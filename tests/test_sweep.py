@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 from gemma_jax import sweep as sweeps
 from gemma_jax.errors import UserError
 from gemma_jax.experiment import Experiment
 from gemma_jax.model.config import ModelConfig
-from gemma_jax.runs import write_result
+from gemma_jax.runs import claim, write_result
+from gemma_jax.settings import to_json
 from gemma_jax.sweep import Row, grid, markdown, points, run_sweep
 
 
@@ -155,6 +157,42 @@ def test_a_single_seed_has_no_spread() -> None:
     assert table["b"][1:3] == ["1.5000", "-0.5000"]
 
 
-def test_points_without_all_seeds_are_not_compared() -> None:
-    rows = [row("a", 0, 2.0), row("a", 1, 2.0), row("b", 0, 1.0)]
-    assert cells(markdown(rows))["b"][2] == ""
+def test_points_are_compared_over_the_seeds_that_both_have() -> None:
+    rows = [row("a", 0, 2.0), row("a", 1, 3.0), row("b", 0, 1.0), row("c", 5, 1.0)]
+    table = cells(markdown(rows))
+    assert table["b"][2] == "-1.0000 (1 of 2 seeds)"
+    assert table["c"][2] == ""
+
+
+def test_tables_keep_the_seeds_of_earlier_calls(base: Experiment, ran: list[str]) -> None:
+    changes: dict[str, dict[str, Any]] = {"a": {}, "b": {"model.attn_pattern": "L"}}
+    run_sweep(points(base, seeds=(0, 1), **changes))
+    again = points(base, seeds=(0,), **changes)
+    # A seed of other settings is another run.
+    claim(again.folder / "b/seed2", to_json(again.experiment("a", 2)))
+    write_result(again.folder / "b/seed2", {"bits_per_byte": 9.0})
+    rows = run_sweep(again)
+    assert [(r["point"], r["seed"]) for r in rows] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert cells((again.folder / "results.md").read_text())["b"][0] == "2"
+
+
+def test_the_legend_has_the_mean_over_seeds(
+    base: Experiment, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [{"step": 8, "valid/bits_per_byte": 2.0}]
+    monkeypatch.setattr(sweeps, "read_metrics", lambda folder: records)
+    labels: list[str] = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *a, label, **k: labels.append(label) or plot(*a, label=label, **k)
+    )
+    run_sweep(points(base, seeds=(0, 1), a={}))
+    assert labels[-2:] == ["a: 2.500, 2 seeds", ""]
+
+
+@pytest.mark.parametrize("setting", [{"seed": 3}, {"name": "x"}])
+def test_a_point_sets_neither_its_seed_nor_its_name(
+    base: Experiment, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=f"point 'a' sets {next(iter(setting))}"):
+        points(base, a=setting)
