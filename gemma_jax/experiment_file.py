@@ -2,6 +2,7 @@
 
 import contextvars
 import runpy
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,30 +37,35 @@ def argument[T](name: str, default: T) -> T:
 def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Runs an experiment file and returns what it defines.
 
-    Raises UserError where the file is missing, an argument is unknown to it or BASE or SWEEP is
-    something else, and for a mistake in one of its own lines. An error in what it calls keeps its
-    traceback.
+    Its folder can be imported from, as with `python FILE`. Raises UserError where the file is
+    missing, an argument is unknown to it or BASE or SWEEP is something else, and for a mistake in
+    a line of it or of a neighbour. An error in what they call keeps its traceback.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no experiment file {path}; give the path of a Python file.")
     given, known = dict(arguments or {}), {}  # type: dict[str, Any], dict[str, Any]
     token = _ARGUMENTS.set((given, known))
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
     try:
         defined = runpy.run_path(str(path))
     except UserError:
         raise
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid Python: {error}; mend it.") from error
+        place = getattr(error, "filename", None) or path
+        raise UserError(f"{place} is not valid Python: {error}; mend it.") from error
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        if frame.filename != str(path):
+        file = Path(frame.filename)
+        if not file.is_file() or str(file.parent.resolve()) != folder:
             raise
         raise UserError(
-            f"{path} line {frame.lineno}: {type(error).__name__}: {error}; mend that line."
+            f"{file} line {frame.lineno}: {type(error).__name__}: {error}; mend that line."
         ) from error
     finally:
         _ARGUMENTS.reset(token)
+        sys.path.remove(folder)
     if unknown := sorted(given.keys() - known.keys()):
         takes = ", ".join(f"{name}={value!r}" for name, value in known.items()) or "none"
         raise UserError(f"{path} takes no argument {unknown[0]!r}; it takes: {takes}.")

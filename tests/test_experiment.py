@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -223,6 +224,22 @@ def test_a_later_start_with_another_commit_is_noted(folder, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     runs.claim(Path("second_host"), settings)
     assert not Path("second_host").exists()
+
+
+def test_an_experiment_file_may_import_its_neighbours(tmp_path, base):
+    """As a script may; also one that lies in another folder than the one that is worked in."""
+    (tmp_path / "neighbour_of_it.py").write_text("from gemma_jax.model.config import tiny as MODEL")
+    (tmp_path / "it.py").write_text(
+        "from neighbour_of_it import MODEL\nfrom gemma_jax.experiment import Experiment\n"
+        "BASE = Experiment(name='x', model=MODEL(), data='d', tokens=8, batch_tokens=8, seq_len=8)"
+    )
+    before = list(sys.path)
+    assert load_file(tmp_path / "it.py")["BASE"].model == tiny()
+    assert sys.path == before
+    (tmp_path / "broken_neighbour.py").write_text("x = 1\ny = z\n")
+    (tmp_path / "it.py").write_text("import broken_neighbour")
+    with pytest.raises(UserError, match=r"broken_neighbour\.py line 2: NameError"):
+        load_file(tmp_path / "it.py")
 
 
 def points_of(path):
