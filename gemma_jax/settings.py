@@ -2,9 +2,10 @@
 
 import ast
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
 from gemma_jax.errors import UserError
@@ -19,9 +20,11 @@ def override[T](settings: T, changes: Mapping[str, Any]) -> T:
     return _override(settings, changes, "")
 
 
-def _override(settings: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+def _override(
+    settings: Any, changes: Mapping[str, Any], prefix: str, others: Sequence[type] = ()
+) -> Any:
     """All changes of one level at once, so that settings which must fit each other may change
-    together."""
+    together. `others` are the classes that `settings` could be of instead."""
     known = _fields(settings)
     is_mapping = isinstance(settings, dict)
     values: dict[str, Any] = {}
@@ -33,6 +36,10 @@ def _override(settings: Any, changes: Mapping[str, Any], prefix: str) -> Any:
             here = f"in {type(settings).__name__} " if known else ""
             names = ", ".join(settings if is_mapping else known)
             there = f"; there are: {names}" if names else ""
+            for other in others:
+                if name in typing.get_type_hints(other):
+                    example = _example(prefix[:-1], other, name)
+                    there += f"; {other.__name__} has it: {example or other.__name__}"
             raise UserError(f"there is no setting '{name}' {here}at '{prefix}{path}'{there}.")
         if rest:
             inner.setdefault(name, {})[rest] = value
@@ -40,7 +47,8 @@ def _override(settings: Any, changes: Mapping[str, Any], prefix: str) -> Any:
             values[name] = value if is_mapping else _checked(value, known[name], where)
     for name, nested in inner.items():
         base = values.get(name, settings[name] if is_mapping else getattr(settings, name))
-        values[name] = _override(base, nested, f"{prefix}{name}.")
+        classes = [] if is_mapping else _classes(known[name])
+        values[name] = _override(base, nested, f"{prefix}{name}.", classes)
     if is_mapping:
         return settings | values
     try:
@@ -66,8 +74,48 @@ def _checked(value: Any, wanted: Any, path: str) -> Any:
     """`value` if it is of the annotated type (an int where a float is wanted becomes one)."""
     fits, converted = _fit(value, wanted)
     if not fits:
-        raise UserError(f"{path}={value!r} is of the wrong type; it must be {_spell(wanted)}.")
+        meant = value.get("type") if isinstance(value, dict) else str(value).partition("(")[0]
+        classes = sorted(_classes(wanted), key=lambda kind: kind.__name__ != meant)
+        examples = [text for kind in classes if (text := _example(path, kind))]
+        such_as = f", such as {examples[0]}" if examples else ""
+        raise UserError(
+            f"{path}={value!r} is of the wrong type; it must be {_spell(wanted)}{such_as}."
+        )
     return converted
+
+
+def _classes(wanted: Any) -> list[type]:
+    """The settings classes among what an annotation allows."""
+    while isinstance(wanted, typing.TypeAliasType):
+        wanted = wanted.__value__
+    is_union = typing.get_origin(wanted) in (Union, types.UnionType)
+    options = typing.get_args(wanted) if is_union else (wanted,)
+    return [one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)]
+
+
+def _example(path: str, kind: type, name: str | None = None) -> str | None:
+    """How a setting is made of a class on the command line, quoted for the shell: with the field
+    `name`, or what the class needs, or its first field; None where that is no short text."""
+    fields = _defaults(kind)
+    shown = [name] if name else list(_needed(kind)) or list(fields)[:1]
+    hints = typing.get_type_hints(kind)
+    texts = []
+    for field in shown:
+        value = "sh/t1" if fields[field] is dataclasses.MISSING else fields[field]
+        if not _fit(value, hints[field])[0]:
+            return None
+        texts.append(f"{field}={json.dumps(value) if isinstance(value, str) else repr(value)}")
+    return f"'{path}={kind.__name__}({', '.join(texts)})'"
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """The default of each field of a settings class, MISSING where there is none."""
+    return {field.name: field.default for field in dataclasses.fields(kind)}
+
+
+def _needed(kind: Any) -> list[str]:
+    fields = dataclasses.fields(kind)
+    return [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
 
 
 def _fit(value: Any, wanted: Any) -> tuple[bool, Any]:
@@ -136,23 +184,28 @@ def parse_value(text: str, known: Mapping[str, type]) -> Any:
 
 def _construct(node: ast.expr, text: str, known: Mapping[str, type]) -> Any:
     if not isinstance(node, ast.Call):
-        return ast.literal_eval(node)
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            given = ast.get_source_segment(text, node)
+            raise UserError(f"{given} in '{text}' must be in quotes: \"{given}\".") from None
     name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
     if name not in known or node.args:
         raise UserError(
             f"'{text}' must name one of {', '.join(sorted(known))}, with settings as name=value."
         )
-    try:
-        values = {str(k.arg): _construct(k.value, text, known) for k in node.keywords}
-        hints = typing.get_type_hints(known[name])
-        for field, value in values.items():
-            if field in hints:
-                values[field] = _checked(value, hints[field], f"{name}.{field}")
-        return known[name](**values)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"'{text}' cannot be made: {error}.") from None
+    kind = known[name]
+    hints = typing.get_type_hints(kind)
+    values = {str(k.arg): _construct(k.value, text, known) for k in node.keywords}
+    for field, value in values.items():
+        if field not in hints:
+            raise UserError(
+                f"'{text}' sets '{field}', which {name} does not have; it has: {', '.join(hints)}."
+            )
+        values[field] = _checked(value, hints[field], f"{name}.{field}")
+    if missing := [field for field in _needed(kind) if field not in values]:
+        raise UserError(f"'{text}' must say {missing[0]}, as in {name}({missing[0]}=...).")
+    return kind(**values)
 
 
 def to_json(settings: Any) -> Any:

@@ -109,7 +109,7 @@ def test_finished_work_returns_at_once(made: dict[str, Any]) -> None:
 
 
 def test_one_point_is_trained_with_the_seed_that_is_set(made: dict[str, Any]) -> None:
-    given = arguments.parse("train exp.py --point a --set seed=3".split())
+    given = arguments.parse(["train", "exp.py", "--point", "a", "--set", "seed=3"])
     assert cli._load_sweep(Path("exp.py"), given).seeds == (3,)
 
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
 from gemma_jax.model.config import tiny
 from gemma_jax.settings import differences, override, parse_assignments, to_json
+from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon
 
 
@@ -14,6 +16,7 @@ from gemma_jax.training.optim import AdamW, Cosine, Muon
 class Page:
     model: object = dataclasses.field(default_factory=tiny)
     optimizer: AdamW | Muon = AdamW()
+    objective: Xent | Distill = Xent()
     sources: dict = dataclasses.field(default_factory=lambda: {"a": tiny()})
 
 
@@ -50,6 +53,11 @@ def test_settings_that_must_fit_each_other_change_together():
         ({"model.num_heads": True}, "must be int"),
         ({"model.remat": "some"}, "'none' or 'dots' or 'full'"),
         ({"optimizer": "sgd"}, "AdamW or Muon"),
+        ({"optimizer": "Muon"}, r"such as 'optimizer=Muon\(learning_rate=0.001\)'"),
+        ({"optimizer": {"type": "Muon"}}, r"such as 'optimizer=Muon\(learning_rate=0.001\)'"),
+        ({"optimizer.momentum": 1.0}, r"Muon has it: 'optimizer=Muon\(momentum=0.95\)'"),
+        ({"objective": "Distill"}, r"""such as 'objective=Distill\(shards="sh/t1"\)'"""),
+        ({"objective.shards": "x"}, r"""Distill has it: 'objective=Distill\(shards="sh/t1"\)'"""),
         ({"optimizer.learning_rate": 0}, r"^optimizer\.learning_rate=0\.0 must be positive"),
     ],
 )
@@ -68,8 +76,12 @@ def test_command_line_values():
         parse_assignments(["a.b"], known)
     with pytest.raises(UserError, match="must name one of Cosine, Muon"):
         parse_assignments(["a=Adam(x=1)"], known)
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="sets 'rate', which Muon does not have; it has: learning"):
         parse_assignments(["a=Muon(rate=1)"], known)
+    with pytest.raises(UserError, match="must say shards"):
+        parse_assignments(["a=Distill()"], {"Distill": Distill})
+    with pytest.raises(UserError, match='must be in quotes: "sh/t1"'):
+        parse_assignments(["a=Distill(shards=sh/t1)"], {"Distill": Distill})
 
 
 def test_differences_name_the_path():
