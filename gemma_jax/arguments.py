@@ -3,13 +3,13 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-_TWO_WORDS = {("data", "build"), ("tokenizer", "train"), ("teacher", "verify")}
+TWO_WORDS = ("data build", "tokenizer train", "teacher verify")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of one command; its verb, in one word (`data-build`), is `verb`."""
+    """The arguments of one command; `verb` is its verb, of two words where it has them."""
     return parser().parse_args(_joined(argv))
 
 
@@ -21,20 +21,39 @@ def seed(text: str) -> int:
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """`data build x` -> `data-build x`: argparse knows verbs of one word."""
-    if tuple(argv[:2]) in _TWO_WORDS:
-        return ["-".join(argv[:2]), *argv[2:]]
+    """`data build x` with its verb as one argument, as argparse wants it."""
+    for verb in TWO_WORDS:
+        first, second = words = verb.split()
+        if list(argv[:2]) == words:
+            return [verb, *argv[2:]]
+        if list(argv[:1]) == ["-".join(words)]:
+            return [verb, *argv[1:]]
+        if first != "teacher" and argv[:1] == [first]:  # a teacher is a verb of its own
+            if argv[1:2] in (["-h"], ["--help"]):
+                return [verb, *argv[1:]]
+            parser().error(f"'{first}' needs its second word: {first} {second}")
     return list(argv)
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, like every other error of ours."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_Help, **settings)
+
     def error(self, message: str) -> NoReturn:
-        for words in _TWO_WORDS:
-            message = message.replace("-".join(words), " ".join(words))
         print(f"error: {message}; see `{self.prog} --help`.", file=sys.stderr)
         sys.exit(2)
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default in (None, [], argparse.SUPPRESS) or action.default is False
+        if plain or not action.option_strings:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -58,8 +77,6 @@ def parser() -> argparse.ArgumentParser:
     whole = _Parser(
         prog="gemma-jax",
         description="Gemma 3 for research: train, distil, measure, generate.",
-        epilog="Two-word verbs may be written with a space: data build, tokenizer train, "
-        "teacher verify.",
     )
     verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
 
@@ -72,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("file", nargs="?", help="another experiment file of the same kind")
     _settings_options(one)
 
-    one = verb("data-build", "Tokenise text into a token set.")
+    one = verb("data build", "Tokenise text into a token set.")
     one.add_argument("path", help="folder of the token set")
     _source_options(one)
     _tokenizer_options(one)
@@ -80,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--valid-fraction", type=float, default=0.01, help="share held out")
     one.add_argument("--workers", type=_positive, help="threads; all cores by default")
 
-    one = verb("tokenizer-train", "Train a SentencePiece model on text.")
+    one = verb("tokenizer train", "Train a SentencePiece model on text.")
     one.add_argument("path", help="file of the model to write")
     _source_options(one)
     _tokenizer_options(one)
@@ -94,14 +111,19 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("checkpoint", help="folder of a run")
     one.add_argument("data", help="folder of a token set")
     one.add_argument("path", help="folder of the shards to write")
-    one.add_argument("--seq-len", type=_at_least(2), required=True)
+    one.add_argument("--seq-len", type=_at_least(2), required=True, help="tokens a sequence")
     one.add_argument("--draws", type=_positive, default=64, help="draws a token")
-    one.add_argument("--method", default="systematic", choices=("systematic", "multinomial"))
-    one.add_argument("--seed", type=seed, default=0)
+    one.add_argument(
+        "--method",
+        default="systematic",
+        choices=("systematic", "multinomial"),
+        help="how they are drawn: systematic varies less",
+    )
+    one.add_argument("--seed", type=seed, default=0, help="of the draws and of the order")
     one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
     one.add_argument("--num-sequences", type=_positive, help="all of the training split by default")
 
-    one = verb("teacher-verify", "Read shards again from end to end and check them.")
+    one = verb("teacher verify", "Read shards again from end to end and check them.")
     one.add_argument("path", help="folder of the shards")
     one.add_argument("--checkpoint", help="the teacher's run, to recompute a sample of records")
     one.add_argument("--sample", type=_positive, default=32, help="records to recompute")
@@ -121,11 +143,11 @@ def parser() -> argparse.ArgumentParser:
     one = verb("generate", "Continue prompts.")
     one.add_argument("checkpoint", help="folder of a run")
     one.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    one.add_argument("--max-new-tokens", type=_positive, default=64)
+    one.add_argument("--max-new-tokens", type=_positive, default=64, help="at most")
     one.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    one.add_argument("--top-k", type=_positive)
-    one.add_argument("--top-p", type=float)
-    one.add_argument("--seed", type=seed, default=0)
+    one.add_argument("--top-k", type=_positive, help="draw from the likeliest K tokens alone")
+    one.add_argument("--top-p", type=float, help="draw from the likeliest that make up this share")
+    one.add_argument("--seed", type=seed, default=0, help="of the draws")
 
     one = verb("inspect", "Layers, shapes, parameters, FLOPs and cache of a model.")
     one.add_argument("what", help="an experiment file, the name of a preset, or a run's folder")
@@ -136,10 +158,19 @@ def parser() -> argparse.ArgumentParser:
 
 def _settings_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting"
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a setting: model.attn_pattern=LG, or 'objective=Distill(shards=\"sh/t1\")'; "
+        "may be given several times",
     )
     parser.add_argument(
-        "--arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the file"
+        "--arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a value that the file asks for; may be given several times",
     )
 
 
@@ -155,4 +186,4 @@ def _source_options(parser: argparse.ArgumentParser, required: bool = True) -> N
 
 
 def _tokenizer_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vocab-size", type=_positive, default=8192)
+    parser.add_argument("--vocab-size", type=_positive, default=8192, help="ids in all")

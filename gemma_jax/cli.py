@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_jax import report
 from gemma_jax.arguments import parse, seed
 from gemma_jax.errors import Interrupted, UserError
 from gemma_jax.files import disk_errors
@@ -26,8 +27,8 @@ from gemma_jax.process import (
 
 # The modules that a verb imports first, where it is not all of them.
 _NEEDS = {
-    "data-build": "gemma_jax.data.tokens",
-    "tokenizer-train": "gemma_jax.data.tokens",
+    "data build": "gemma_jax.data.tokens",
+    "tokenizer train": "gemma_jax.data.tokens",
     "inspect": "gemma_jax.runs",
 }
 
@@ -62,10 +63,9 @@ def _writes(arguments: argparse.Namespace) -> str:
     return str(getattr(arguments, "path", None) or Path.cwd())
 
 
-def _print(arguments: argparse.Namespace, value: Any, text: str | None = None) -> None:
-    if arguments.json or text is None:
-        indent = None if arguments.json else 2
-        print(json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False))
+def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
+    if arguments.json:
+        print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
     else:
         print(text)
 
@@ -99,7 +99,8 @@ def _data_build(arguments: argparse.Namespace) -> None:
         text_field=arguments.text_field,
         valid_fraction=arguments.valid_fraction,
     )
-    _print(arguments, build_tokens(corpus, arguments.workers).manifest)
+    manifest = build_tokens(corpus, arguments.workers).manifest
+    _print(arguments, manifest, report.tokens(manifest, arguments.path))
 
 
 def _tokenizer_train(arguments: argparse.Namespace) -> None:
@@ -110,7 +111,7 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
     config = TokenizerConfig(vocab_size=arguments.vocab_size)
     tokenizer = train_tokenizer((document.text for document in texts), config, arguments.path)
     value = {"path": arguments.path, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash}
-    _print(arguments, value)
+    _print(arguments, value, report.figures(value))
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -125,15 +126,7 @@ def _train(arguments: argparse.Namespace) -> None:
     else:
         experiment = _load_base(Path(arguments.file), arguments)
     result = run(experiment)
-    _print(arguments, result, _result_text(result, experiment.folder))
-
-
-def _result_text(result: dict[str, Any], folder: Path) -> str:
-    return (
-        f"{result['name']}: {result['bits_per_byte']:.4f} bits/byte, loss {result['loss']:.4f}, "
-        f"accuracy {result['accuracy']:.4f} on held-out text after {result['tokens']:,} tokens "
-        f"({result['tokens_per_s'] or 0:,.0f} tokens/s); see {folder}"
-    )
+    _print(arguments, result, report.run(result, experiment.folder))
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
@@ -155,13 +148,14 @@ def _teacher(arguments: argparse.Namespace) -> None:
         seq_len=arguments.seq_len,
         num_sequences=arguments.num_sequences,
     )
-    _print(arguments, manifest)
+    _print(arguments, manifest, report.shards(manifest, arguments.path))
 
 
 def _teacher_verify(arguments: argparse.Namespace) -> None:
     from gemma_jax.trained import verify_shards
 
-    _print(arguments, verify_shards(arguments.path, arguments.checkpoint, arguments.sample))
+    found = verify_shards(arguments.path, arguments.checkpoint, arguments.sample)
+    _print(arguments, found, report.figures(found))
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -184,7 +178,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         seq_len=arguments.seq_len,
         batch_size=arguments.batch_size,
     )
-    _print(arguments, result)
+    _print(arguments, result, report.figures(result))
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -290,11 +284,11 @@ def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
 
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "quickstart": _quickstart,
-    "data-build": _data_build,
-    "tokenizer-train": _tokenizer_train,
+    "data build": _data_build,
+    "tokenizer train": _tokenizer_train,
     "train": _train,
     "teacher": _teacher,
-    "teacher-verify": _teacher_verify,
+    "teacher verify": _teacher_verify,
     "sweep": _sweep,
     "eval": _eval,
     "generate": _generate,

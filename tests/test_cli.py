@@ -13,19 +13,20 @@ from command_line import BUILD, EXPERIMENT, cut, write_inputs
 
 from gemma_jax import arguments, cli
 
+TEACHER = "teacher runs/tiny tokens"
 OPTIONS = {
     "quickstart": {"--arg", "--json", "--set"},
-    "data-build": {
+    "data build": {
         *("--json", "--source", "--text-field", "--tokenizer", "--valid-fraction"),
         *("--vocab-size", "--workers"),
     },
-    "tokenizer-train": {"--json", "--source", "--text-field", "--vocab-size"},
+    "tokenizer train": {"--json", "--source", "--text-field", "--vocab-size"},
     "train": {"--arg", "--json", "--point", "--set"},
     "teacher": {
         *("--batch-size", "--draws", "--json", "--method", "--num-sequences", "--seed"),
         "--seq-len",
     },
-    "teacher-verify": {"--checkpoint", "--json", "--sample"},
+    "teacher verify": {"--checkpoint", "--json", "--sample"},
     "sweep": {"--arg", "--json", "--seeds", "--set"},
     "eval": {"--batch-size", "--data", "--json", "--seq-len", "--source", "--text-field"},
     "generate": {
@@ -108,6 +109,39 @@ def test_finished_work_returns_at_once(made: dict[str, Any]) -> None:
     assert again == made["teacher"]
 
 
+SHORT = {
+    BUILD: "train                 54 ",
+    f"{TEACHER} shards --seq-len 32 --draws 8 --num-sequences 40": "unique ids a token   ",
+    "teacher verify shards": "records                       40\n",
+    "eval runs/tiny --data tokens": "bits per byte                 ",
+}
+
+
+@pytest.mark.parametrize("line", SHORT)
+def test_figures_are_a_few_lines(
+    line: str, made: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(line.split())
+    out = capsys.readouterr().out
+    assert SHORT[line] in out
+    assert "{" not in out
+    assert len(out.splitlines()) <= 10
+
+
+@pytest.mark.parametrize("words", ["data build", "data", "data-build", "tokenizer train"])
+def test_verbs_of_two_words_look_so_in_their_help(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*words.split(), "--help"])
+    out = capsys.readouterr().out
+    assert f"usage: gemma-jax {words.split()[0].replace('-', ' ')} " in out
+    assert "ids in all (default: 8192)" in " ".join(out.split())
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "  data build " in capsys.readouterr().out
+
+
 def test_one_point_is_trained_with_the_seed_that_is_set(made: dict[str, Any]) -> None:
     given = arguments.parse(["train", "exp.py", "--point", "a", "--set", "seed=3"])
     assert cli._load_sweep(Path("exp.py"), given).seeds == (3,)
@@ -123,11 +157,11 @@ def test_verbs_and_options_are_frozen() -> None:
     assert cli._VERBS.keys() == OPTIONS.keys()
 
 
-TEACHER = "teacher runs/tiny tokens"
 GENERATE = "generate runs/tiny --prompt a"
 MISTAKES = {
     "nonsense": "nonsense",
-    "data": "'data build'",
+    "data": "'data' needs its second word: data build",
+    "tokenizer x": "tokenizer train",
     "data build x": "--source",
     "data build x --source missing.txt": "missing.txt does not exist",
     "data build x --source *.none": "matches no file",
@@ -272,6 +306,8 @@ def test_missing_weights_and_manifest(sandbox: Path, capsys: pytest.CaptureFixtu
 
 def test_nothing_is_printed_that_json_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     cli._print(
-        arguments.parse(["inspect", "x", "--json"]), {"a": float("nan"), "b": [float("inf"), 1.5]}
+        arguments.parse(["inspect", "x", "--json"]),
+        {"a": float("nan"), "b": [float("inf"), 1.5]},
+        "",
     )
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5]}

@@ -1,0 +1,57 @@
+"""What verbs print for a person; `--json` prints the values themselves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def figures(values: Mapping[str, Any]) -> str:
+    """A line for each value."""
+    return "\n".join(
+        f"{name.replace('_', ' '):<30}{_spell(value)}" for name, value in values.items()
+    )
+
+
+def tokens(manifest: Mapping[str, Any], folder: str | Path) -> str:
+    """The manifest of a token set."""
+    lines = [f"{'':<10}{'documents':>14}{'tokens':>18}{'bytes':>18}"]
+    for name, split in manifest["splits"].items():
+        counts = (split["documents"], split["tokens"], split["bytes"])
+        lines.append("{:<10}{:>14,}{:>18,}{:>18,}".format(name, *counts))
+    vocabulary, dropped = manifest["tokenizer"]["vocab_size"], manifest["duplicates_dropped"]
+    lines.append(f"vocabulary {vocabulary:,}, duplicates dropped {dropped:,}; see {folder}")
+    return "\n".join(lines)
+
+
+def shards(manifest: Mapping[str, Any], folder: str | Path) -> str:
+    """The manifest of teacher shards."""
+    count = max(manifest["num_tokens"], 1)
+    return figures(
+        {
+            "sequences": manifest["num_records"],
+            "tokens a sequence": manifest["seq_len"],
+            "tokens": manifest["num_tokens"],
+            "draws a token": manifest["draws"],
+            "unique ids a token": manifest["unique_ids"] / count,
+            "bytes a token": manifest["bytes"] / count,
+            "bytes": manifest["bytes"],
+            "teacher cross-entropy, nats": manifest["teacher_cross_entropy"],
+            "teacher entropy, nats": manifest["teacher_entropy"],
+            "folder": str(folder),
+        }
+    )
+
+
+def run(result: Mapping[str, Any], folder: str | Path) -> str:
+    """The result of a training run."""
+    return (
+        f"{result['name']}: {result['bits_per_byte']:.4f} bits/byte, loss {result['loss']:.4f}, "
+        f"accuracy {result['accuracy']:.4f} on held-out text after {result['tokens']:,} tokens "
+        f"({result['tokens_per_s'] or 0:,.0f} tokens/s); see {folder}"
+    )
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
