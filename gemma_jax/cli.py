@@ -205,7 +205,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from gemma_jax.model import summary
     from gemma_jax.model.config import PRESETS
-    from gemma_jax.runs import MODEL, read_config
+    from gemma_jax.runs import MODEL, no_run, read_config
     from gemma_jax.settings import override, parse_assignments
 
     what, seq_len = arguments.what, arguments.seq_len
@@ -218,6 +218,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     elif what.endswith(".py"):
         experiment = _load_base(Path(what), arguments)
         config, seq_len = experiment.model, seq_len or experiment.seq_len
+    elif Path(what).is_dir():
+        raise no_run(Path(what))
     else:
         raise UserError(
             f"'{what}' is no preset ({', '.join(PRESETS)}), no folder of a run and no experiment "
@@ -229,7 +231,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             "shorten it, or extend max_seq_len."
         )
     described = summary.describe(config, seq_len or min(2048, config.max_seq_len))
-    _print(arguments, described, summary.text(described))
+    _print(arguments, described, report.cut_off(described["model"]) + summary.text(described))
 
 
 def _load_file(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -51,6 +51,14 @@ def run(result: Mapping[str, Any], folder: str | Path) -> str:
     )
 
 
+def cut_off(model: Mapping[str, Any]) -> str:
+    """A line for a pattern that is longer than the model, in which letters go unused."""
+    pattern, layers = model["attn_pattern"], model["num_layers"]
+    if not (unused := pattern[layers:]):
+        return ""
+    return f"attn_pattern={pattern} is longer than num_layers={layers}: {unused} is cut off\n\n"
+
+
 def _spell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"

@@ -204,11 +204,24 @@ def run_and_step(folder: str | Path) -> tuple[Path, int | None]:
     if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     if not (folder / MODEL).exists():
-        raise UserError(
-            f"{folder} is not the folder of a run: it has no {MODEL}; give runs/NAME, or "
-            f"runs/NAME/{CHECKPOINTS}/STEP."
-        )
+        raise no_run(folder)
     return folder, step
+
+
+def no_run(folder: Path) -> UserError:
+    """Says of a folder that it holds no run, and which of those inside of it do."""
+    found = [*folder.glob(f"*/{MODEL}"), *folder.glob(f"*/*/{MODEL}")]
+    if found:
+        inside = sorted(str(path.parent) for path in found)
+        more = f" or {len(inside) - 4} more" if len(inside) > 4 else ""
+        return UserError(
+            f"{folder} is not the folder of a run, but has runs inside; give "
+            f"{', '.join(inside[:4])}{more}."
+        )
+    return UserError(
+        f"{folder} is not the folder of a run: it has no {MODEL}; give runs/NAME, or "
+        f"runs/NAME/{CHECKPOINTS}/STEP."
+    )
 
 
 def trained_seq_len(folder: str | Path) -> int:

@@ -128,6 +128,14 @@ def test_figures_are_a_few_lines(
     assert len(out.splitlines()) <= 10
 
 
+def test_letters_of_a_pattern_that_are_cut_off_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for pattern, words in (("LLLLLG", "num_layers=4: LG is cut off\n"), ("LLLG", "layers  ")):
+        cli.main(["inspect", "small", "--set", f"attn_pattern={pattern}"])
+        assert words in capsys.readouterr().out.splitlines(keepends=True)[0]
+
+
 @pytest.mark.parametrize("words", ["data build", "data", "data-build", "tokenizer train"])
 def test_verbs_of_two_words_look_so_in_their_help(
     words: str, capsys: pytest.CaptureFixture[str]
@@ -195,7 +203,7 @@ MISTAKES = {
     "train exp.py --set batch_tokens=250": "batch_tokens=250",
     "train exp.py --set tokens=10": "tokens=10",
     "train exp.py --arg name=new --set model.vocab_size=300": "vocab_size=300",
-    "train exp.py --arg name=new --set data=nowhere": "nowhere holds no finished token set",
+    "train exp.py --arg name=new --set data=tokens/nowhere": "/tokens/nowhere/manifest.json is not",
     "train exp.py --set optimizer=Foo()": "Foo()",
     "train exp.py --set optimizer.learning_rate=0.1": "runs/tiny holds a run",
     "train exp.py --set name=../../x": "name='../../x'",
@@ -229,6 +237,9 @@ MISTAKES = {
     f"{GENERATE} --seed -1": "--seed: -1",
     "generate runs/tiny": "--prompt",
     "generate runs/tiny --prompt \udcff": "Unicode",
+    "generate runs --prompt a": "has runs inside; give runs/distilled, runs/tiny.",
+    "inspect runs": "has runs inside; give runs/distilled, runs/tiny.",
+    "inspect tokens": "tokens is not the folder of a run",
     "inspect gemma9": "'gemma9' is no preset",
     "inspect nowhere.py": "nowhere.py",
     "inspect gemma3_1b --set nope=1": "no setting 'nope'",

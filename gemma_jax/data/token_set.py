@@ -120,8 +120,8 @@ class TokenSet:
         path = Path(path)
         if not (path / MANIFEST_FILE).exists():
             raise UserError(
-                f"{path} holds no finished token set (no {MANIFEST_FILE}); build it with "
-                "`gemma-jax data build`."
+                f"{path} holds no finished token set ({(path / MANIFEST_FILE).absolute()} is not "
+                "there); build it with `gemma-jax data build`."
             )
         manifest = files.read_json(path / MANIFEST_FILE, "the manifest of a token set")
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

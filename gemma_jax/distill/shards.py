@@ -81,6 +81,14 @@ class Totals:
         }
 
 
+class DamagedShardError(UserError):
+    """`what` is wrong with one file."""
+
+    def __init__(self, file: Path, what: str) -> None:
+        super().__init__(f"{what}; delete that file and run the teacher again to write it anew.")
+        self.file, self.what = file, what
+
+
 class ShardFile:
     """Random access to one file, opened at the first read."""
 
@@ -96,11 +104,8 @@ class ShardFile:
         except (RuntimeError, IndexError, RecordError) as error:
             raise self.damaged(place, error) from None
 
-    def damaged(self, place: int, cause: object) -> UserError:
-        return UserError(
-            f"record {place} of {self.file} is damaged ({cause}); delete that file and run the "
-            "teacher again to write it anew."
-        )
+    def damaged(self, place: int, cause: object) -> DamagedShardError:
+        return DamagedShardError(self.file, f"record {place} of {self.file} is damaged ({cause})")
 
     def _open(self) -> Any:
         with self._lock:
@@ -118,6 +123,18 @@ class ShardFile:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def refuse_damaged(damaged: Sequence[DamagedShardError]) -> None:
+    """Names all of them at once, and what is wrong with the first."""
+    if len(damaged) == 1:
+        raise damaged[0]
+    if damaged:
+        names = ", ".join(str(one.file) for one in damaged)
+        raise UserError(
+            f"{len(damaged)} shards are damaged ({damaged[0].what}); delete {names} and run the "
+            "teacher again to write them anew."
+        )
 
 
 class TeacherShards:
@@ -142,14 +159,14 @@ class TeacherShards:
                 f"{manifest.get('version')!r}, not {FORMAT!r} version {VERSION}; give a folder "
                 "written by the teacher."
             )
+        damaged = []
         for shard in manifest["shards"]:
             file = path / shard["name"]
             size = file.stat().st_size if file.exists() else 0
             if size != shard["bytes"]:
-                raise UserError(
-                    f"{file} holds {size} bytes where the manifest says {shard['bytes']}; delete "
-                    "that file and run the teacher again to write it anew."
-                )
+                what = f"{file} holds {size} bytes where the manifest says {shard['bytes']}"
+                damaged.append(DamagedShardError(file, what))
+        refuse_damaged(damaged)
         return cls(path, manifest)
 
     def check_tokenizer(self, tokenizer_hash: str) -> None:

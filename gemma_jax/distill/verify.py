@@ -13,7 +13,13 @@ from gemma_jax.distill.records import (
     RecordError,
     check_targets,
 )
-from gemma_jax.distill.shards import MANIFEST, TeacherShards, Totals
+from gemma_jax.distill.shards import (
+    MANIFEST,
+    DamagedShardError,
+    TeacherShards,
+    Totals,
+    refuse_damaged,
+)
 from gemma_jax.errors import UserError
 from gemma_jax.files import file_hash
 from gemma_jax.progress import progress
@@ -29,7 +35,7 @@ def verify_teacher_shards(
     recompute: Recompute | None = None,
     sample: int = 32,
 ) -> dict[str, Any]:
-    """Reads all shards in `path`; raises UserError naming shard and record at the first damage.
+    """Reads all shards in `path`; raises UserError naming the shards that are damaged.
 
     Checked: checksums, record indices 0..n-1 each once, counts adding up to N at each kept
     position, ids ascending and below V, totals and token hash of the manifest. `recompute` is a
@@ -39,10 +45,16 @@ def verify_teacher_shards(
     shards = TeacherShards.open(path)
     manifest = shards.manifest
     totals = Totals()
+    damaged: dict[Path, DamagedShardError] = {}
     with progress("verify", len(shards)) as advance:
         for index in range(len(shards)):
-            totals.add(_checked_record(shards, index))
+            try:
+                if shards.locate(index)[0].file not in damaged:
+                    totals.add(_checked_record(shards, index))
+            except DamagedShardError as error:
+                damaged[error.file] = error
             advance(1)
+    refuse_damaged(list(damaged.values()))
     found = totals.fields()
     for key, value in found.items():
         if manifest.get(key) != value:

@@ -250,6 +250,7 @@ def test_small_and_empty_corpora(corpus: Corpus, tmp_path: Path) -> None:
     write_corpus(Path(corpus.sources[0]), ["", ""])
     with pytest.raises(UserError, match="has no text: every document is empty"):
         build_tokens(corpus)
+    assert not Path(corpus.path).exists(), "nothing is left of a refused build"
     two = {**vars(corpus), "path": str(tmp_path / "two"), "valid_fraction": 0.001}
     write_corpus(Path(corpus.sources[0]), TEXTS[:2])
     token_set = build_tokens(Corpus(**two))

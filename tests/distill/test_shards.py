@@ -11,6 +11,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gemma_jax.distill.records import RecordError, check_targets, decode_record, encode_record
 from gemma_jax.distill.shards import TeacherShards, shard_stream
+from gemma_jax.distill.verify import verify_teacher_shards
 from gemma_jax.errors import UserError
 
 DRAWS = 20
@@ -182,6 +183,21 @@ def test_a_flipped_byte_is_refused_at_its_record(folder):
     shards.record(0)
     with pytest.raises(UserError, match=f"record . of .*{shard.name} is damaged"):
         shards.__getitems__(range(6, 12))
+
+
+def test_all_damaged_shards_are_named_at_once(folder):
+    files = sorted(folder.glob("*.arrayrecord"))[:2]
+    whole = [file.read_bytes() for file in files]
+    names = ".*".join(file.name for file in files)
+    for file, content in zip(files, whole, strict=True):
+        place = len(content) // 90
+        file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+    with pytest.raises(UserError, match=rf"^2 shards are damaged \(record .* delete .*{names}"):
+        verify_teacher_shards(folder)
+    for file in files:
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"^2 shards are damaged .* delete .*{names} and run"):
+        TeacherShards.open(folder)
 
 
 def test_shards_of_another_tokenizer_are_refused(shard_folder):
