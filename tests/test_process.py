@@ -83,6 +83,7 @@ def test_a_folder_is_trained_by_one_process(sandbox: Path) -> None:
     assert ended(command(*line.split())).returncode == 0
 
 
+@pytest.mark.slow
 def test_python_is_not_told_what_libraries_do(sandbox: Path) -> None:
     """A run whose first checkpoint is not validated, and what one does with it afterwards."""
     code = "from gemma_jax import trained, experiment, experiment_file, settings\n"
