@@ -16,7 +16,6 @@ from typing import IO, Any
 from gemma_jax.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
-LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -74,26 +73,29 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, refusal: Callable[[str], Exception] | None = None) -> Iterator[None]:
+def locked(
+    folder: Path, refusal: Callable[[str], Exception] | None = None, *, name: str = ".lock"
+) -> Iterator[None]:
     """Makes `folder` where it is missing and holds it for this process alone.
 
     Where process N holds it, raises `refusal(N)`, or waits if there is none. The system lets go of
     the lock when a process ends, however it ends. Afterwards the lock's file is gone, and so are
-    the folders that were made for it, if nothing else has come into them.
+    the folders that were made for it, if nothing else has come into them. Locks of different names
+    (of the file in the folder) do not know of each other.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    file = _lock(folder, refusal)
+    file = _lock(folder, name, refusal)
     try:
         yield
     finally:
         with file, contextlib.suppress(OSError):  # a folder that is not empty stays
-            (folder / LOCK).unlink()
+            (folder / name).unlink()
             for path in made:
                 path.rmdir()
 
 
-def _lock(folder: Path, refusal: Callable[[str], Exception] | None) -> IO[str]:
-    path = folder / LOCK
+def _lock(folder: Path, name: str, refusal: Callable[[str], Exception] | None) -> IO[str]:
+    path = folder / name
     for attempt in itertools.count():
         with disk_errors(folder):
             try:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_jax.data.token_set import MANIFEST_FILE
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.files import locked, read_json, write_json
@@ -37,6 +38,7 @@ from gemma_jax.training.metrics import read_metrics
 RUNS = Path("runs")
 EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
 TOKENIZER = "tokenizer.model"
+LOCK = ".train.lock"  # another name than that of token sets, which may lie in the same folder
 
 # What may differ between two starts of one run: it changes how the run is watched or laid out, not
 # what it computes.
@@ -71,7 +73,7 @@ def held(folder: Path) -> Iterator[Callable[[], float]]:
             f"{folder} is being trained by process {process}; wait for it, or stop it."
         )
 
-    with locked(folder, refusal):
+    with locked(folder, refusal, name=LOCK):
         earlier = (_claim_of(folder) or {}).get("earlier_s", 0)
         try:
             yield lambda: earlier + time.time() - began
@@ -88,8 +90,10 @@ def _let_go(folder: Path) -> None:
     """Removes what a run has left that has saved nothing; its records stay, if there are any."""
     if checkpoint_steps(folder):
         return
-    for name in (EXPERIMENT, MODEL, TOKENIZER):
-        (folder / name).unlink(missing_ok=True)
+    (folder / EXPERIMENT).unlink(missing_ok=True)
+    (folder / MODEL).unlink(missing_ok=True)
+    if not (folder / MANIFEST_FILE).exists():  # then it is the tokenizer of a token set
+        (folder / TOKENIZER).unlink(missing_ok=True)
     if not read_metrics(folder):
         (folder / METRICS).unlink(missing_ok=True)
         for name in (CHECKPOINTS, "tensorboard"):

@@ -130,11 +130,11 @@ def test_what_does_not_fit_a_teacher_is_refused_before_it_is_trained(base, chang
 def test_a_folder_that_another_process_trains_in_is_refused(base, result):
     other = dataclasses.replace(base, name="held")
     with (
-        locked(other.folder),
+        locked(other.folder, name=runs.LOCK),
         pytest.raises(UserError, match=rf"runs/held is being trained by process {os.getpid()};"),
     ):
         run(other)
-    with locked(base.folder):
+    with locked(base.folder, name=runs.LOCK):
         assert run(base)["loss"] == result["loss"]  # a finished run needs nothing
 
 
@@ -149,6 +149,17 @@ def test_a_refused_run_keeps_no_folder(base, monkeypatch):
     with pytest.raises(UserError, match="is damaged"):
         run(dataclasses.replace(base, name="refused"))
     assert not Path("runs/refused").exists()
+
+
+def test_a_token_set_may_lie_in_the_folder_of_its_run(base, monkeypatch):
+    def refuse(job):
+        raise UserError("a record is damaged.")
+
+    monkeypatch.setattr(experiment, "train", refuse)
+    corpus = dataclasses.replace(base.data, path="runs/both")
+    with pytest.raises(UserError, match="is damaged"):
+        run(dataclasses.replace(base, name="both", data=corpus))
+    assert open_tokens(corpus).tokenizer.vocab_size == VOCAB
 
 
 def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):

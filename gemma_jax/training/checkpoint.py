@@ -35,7 +35,7 @@ class Checkpoints:
             [checkpoint_managers.LatestN(keep_last), _Best(keep_best)]
         )
         self._folder = folder / FOLDER
-        _check_metrics(self._folder)
+        _check_metrics(folder)
         with disk_errors(self._folder):
             self._manager = ocp.CheckpointManager(
                 self._folder.absolute(),
@@ -183,11 +183,13 @@ class _Best(checkpoint_managers.PreservationPolicy):
 
 def _check_metrics(folder: Path) -> None:
     """Orbax reads the metrics of every checkpoint when it opens the folder."""
-    for file in folder.glob("*/metrics/metrics"):
-        try:
-            json.loads(file.read_text())
-        except ValueError as error:
-            raise _damaged(file.parents[1]) from error
+    for step in checkpoint_steps(folder):
+        place = folder / FOLDER / str(step)
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                json.loads((place / "metrics" / "metrics").read_text())
+            except ValueError as error:
+                raise _damaged(place) from error
 
 
 def _same_shapes(like: Any, saved: Any, place: Path) -> None:
