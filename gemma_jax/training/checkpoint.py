@@ -61,7 +61,7 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        with _write_errors(self._folder):
+        with write_errors(self._folder):
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
@@ -91,16 +91,16 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
-        with _write_errors(self._folder):
+        with write_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _write_errors(self._folder):
+        with write_errors(self._folder):
             self._manager.close()
 
 
 @contextlib.contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
+def write_errors(folder: Path) -> Iterator[None]:
     """`disk_errors`, also where TensorStore hands on the disk's error in the text of its own."""
     with disk_errors(folder):
         try:
@@ -123,15 +123,8 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
 
     `like` is the tree of shapes (with shardings where wanted) of the model they should fit.
     """
-    steps = checkpoint_steps(folder)
-    if not steps:
-        raise UserError(
-            f"{folder} holds no checkpoint; give the folder of a run that has saved one."
-        )
-    if step is not None and step not in steps:
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
-    place = Path(folder) / FOLDER / str(step or steps[-1])
-    item = place.absolute() / ("ema" if (place / "ema").exists() else "params")
+    item = weights_folder(folder, step)
+    place, steps = Path(folder) / FOLDER / item.parent.name, checkpoint_steps(folder)
     try:
         _check_shapes(place, item, like)
         with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
@@ -143,6 +136,19 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
             f"the checkpoint {place} is damaged; copy it again, or give another one of the run, "
             f"which has {steps}."
         ) from error
+
+
+def weights_folder(folder: str | Path, step: int | None = None) -> Path:
+    """Where a checkpoint keeps the weights to use: of `step` or the last; the average if kept."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise UserError(
+            f"{folder} holds no checkpoint; give the folder of a run that has saved one."
+        )
+    if step is not None and step not in steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
+    place = Path(folder) / FOLDER / str(steps[-1] if step is None else step)
+    return place.absolute() / ("ema" if (place / "ema").exists() else "params")
 
 
 def _check_shapes(place: Path, item: Path, like: Any) -> None:
