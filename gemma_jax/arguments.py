@@ -140,20 +140,48 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence; the run's by default")
     one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
 
-    one = verb("generate", "Continue prompts.")
-    one.add_argument("checkpoint", help="folder of a run")
-    one.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    one.add_argument("--max-new-tokens", type=_positive, default=64, help="at most")
-    one.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    one.add_argument("--top-k", type=_positive, help="draw from the likeliest K tokens alone")
-    one.add_argument("--top-p", type=float, help="draw from the likeliest that make up this share")
-    one.add_argument("--seed", type=seed, default=0, help="of the draws")
+    _model_verbs(verb)
 
     one = verb("inspect", "Layers, shapes, parameters, FLOPs and cache of a model.")
     one.add_argument("what", help="an experiment file, the name of a preset, or a run's folder")
     one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence for the FLOPs")
     _settings_options(one)
     return whole
+
+
+def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    one = verb("generate", "Continue prompts, or talk.")
+    one.add_argument("checkpoint", help="folder of a run or of an imported model")
+    what = one.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", action="append", help="may be given several times")
+    what.add_argument("--file", help="JSON lines with `prompt`, or `messages` of a conversation")
+    what.add_argument("--chat", action="store_true", help="a turn for each line of standard input")
+    one.add_argument("--max-new-tokens", type=_positive, default=64, help="at most")
+    one.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    one.add_argument("--top-k", type=_positive, help="draw from the likeliest K tokens alone")
+    one.add_argument("--top-p", type=float, help="draw from the likeliest that make up this share")
+    one.add_argument("--min-p", type=float, help="drop what is less likely than this x the best")
+    one.add_argument("--repetition-penalty", type=float, help="over 1: say again less often")
+    one.add_argument(
+        "--stop", action="append", default=[], help="a text that ends; may be given several times"
+    )
+    one.add_argument("--logprobs", action="store_true", help="tokens and their log-probabilities")
+    one.add_argument("--seed", type=seed, default=0, help="of the first prompt; then one more each")
+
+    one = verb("import", "Take a Hugging Face folder or a GGUF file in as a run.")
+    one.add_argument("source", help="folder with config.json and safetensors, or a .gguf file")
+    one.add_argument("path", help="folder to write")
+
+    one = verb("export", "Write a model for transformers, mlx-lm, llama.cpp, Ollama.")
+    one.add_argument("checkpoint", help="folder of a run, or one of its checkpoints")
+    one.add_argument("path", help="folder to write; with gguf also a file that ends in .gguf")
+    one.add_argument("--format", required=True, choices=("hf", "gguf"), help="whose files")
+    one.add_argument(
+        "--dtype",
+        default="bf16",
+        choices=("f32", "bf16", "f16", "q8_0", "q4_0"),
+        help="of the matrices; q8_0 and q4_0 are GGUF's",
+    )
 
 
 def _settings_options(parser: argparse.ArgumentParser) -> None:

@@ -5,15 +5,13 @@ done, 2 bad input (one sentence says what and how to mend it), 130 interrupted w
 """
 
 import argparse
-import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_jax import report
+from gemma_jax import cli_models, report
 from gemma_jax.arguments import parse, seed
 from gemma_jax.errors import Interrupted, UserError
 from gemma_jax.files import disk_errors
@@ -30,6 +28,9 @@ _NEEDS = {
     "data build": "gemma_jax.data.tokens",
     "tokenizer train": "gemma_jax.data.tokens",
     "inspect": "gemma_jax.runs",
+    "generate": "gemma_jax.completion",
+    "import": "gemma_jax.exchange",
+    "export": "gemma_jax.exchange",
 }
 
 
@@ -63,29 +64,13 @@ def _writes(arguments: argparse.Namespace) -> str:
     return str(getattr(arguments, "path", None) or Path.cwd())
 
 
-def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
-    if arguments.json:
-        print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
-    else:
-        print(text)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for every number that JSON cannot hold (NaN, infinity)."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _quickstart(arguments: argparse.Namespace) -> None:
     from gemma_jax import quickstart
 
     path = Path(arguments.file) if arguments.file else quickstart.FILE
     sweep = _load_sweep(path, arguments)
     summary = quickstart.quickstart(sweep)
-    _print(arguments, summary, quickstart.report(summary))
+    report.emit(arguments, summary, quickstart.report(summary))
 
 
 def _data_build(arguments: argparse.Namespace) -> None:
@@ -100,7 +85,7 @@ def _data_build(arguments: argparse.Namespace) -> None:
         valid_fraction=arguments.valid_fraction,
     )
     manifest = build_tokens(corpus, arguments.workers).manifest
-    _print(arguments, manifest, report.tokens(manifest, arguments.path))
+    report.emit(arguments, manifest, report.tokens(manifest, arguments.path))
 
 
 def _tokenizer_train(arguments: argparse.Namespace) -> None:
@@ -111,7 +96,7 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
     config = TokenizerConfig(vocab_size=arguments.vocab_size)
     tokenizer = train_tokenizer((document.text for document in texts), config, arguments.path)
     value = {"path": arguments.path, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash}
-    _print(arguments, value, report.figures(value))
+    report.emit(arguments, value, report.figures(value))
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -126,7 +111,7 @@ def _train(arguments: argparse.Namespace) -> None:
     else:
         experiment = _load_base(Path(arguments.file), arguments)
     result = run(experiment)
-    _print(arguments, result, report.run(result, experiment.folder))
+    report.emit(arguments, result, report.run(result, experiment.folder))
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
@@ -148,14 +133,14 @@ def _teacher(arguments: argparse.Namespace) -> None:
         seq_len=arguments.seq_len,
         num_sequences=arguments.num_sequences,
     )
-    _print(arguments, manifest, report.shards(manifest, arguments.path))
+    report.emit(arguments, manifest, report.shards(manifest, arguments.path))
 
 
 def _teacher_verify(arguments: argparse.Namespace) -> None:
     from gemma_jax.trained import verify_shards
 
     found = verify_shards(arguments.path, arguments.checkpoint, arguments.sample)
-    _print(arguments, found, report.figures(found))
+    report.emit(arguments, found, report.figures(found))
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -164,7 +149,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     sweep = _load_sweep(Path(arguments.file), arguments)
     rows = run_sweep(sweep)
     text = f"{markdown(rows)}\n{sweep.folder}/results.csv, results.md, results.png"
-    _print(arguments, rows, text)
+    report.emit(arguments, rows, text)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -178,28 +163,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         seq_len=arguments.seq_len,
         batch_size=arguments.batch_size,
     )
-    _print(arguments, result, report.figures(result))
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    from gemma_jax.completion import complete
-    from gemma_jax.generation.sampling import Sampling
-
-    sampling = Sampling(
-        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
-    )
-    texts = complete(
-        arguments.checkpoint,
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        seeds=[arguments.seed + i for i in range(len(arguments.prompt))],
-    )
-    _print(
-        arguments,
-        [{"prompt": p, "text": t} for p, t in zip(arguments.prompt, texts, strict=True)],
-        "\n\n".join(p + t for p, t in zip(arguments.prompt, texts, strict=True)),
-    )
+    report.emit(arguments, result, report.figures(result))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -231,7 +195,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             "shorten it, or extend max_seq_len."
         )
     described = summary.describe(config, seq_len or min(2048, config.max_seq_len))
-    _print(arguments, described, report.cut_off(described["model"]) + summary.text(described))
+    report.emit(arguments, described, report.cut_off(described["model"]) + summary.text(described))
 
 
 def _load_file(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -293,6 +257,8 @@ _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "teacher verify": _teacher_verify,
     "sweep": _sweep,
     "eval": _eval,
-    "generate": _generate,
+    "generate": cli_models.generate,
+    "import": cli_models.import_,
+    "export": cli_models.export,
     "inspect": _inspect,
 }

@@ -1,10 +1,11 @@
 """Text in, text out: completions of prompts and conversations with the model of a run folder."""
 
 import codecs
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import jax
 
 from gemma_jax import runs
 from gemma_jax.data.chat import encode_chat
@@ -13,6 +14,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.generation.decode import Generator, State
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.model.transformer import Transformer
+from gemma_jax.settings import override
 
 STOP_IDS = (EOS, END_OF_TURN)
 _STRIDE = 8  # steps between two looks at the text
@@ -38,15 +40,17 @@ class TextGenerator:
     """A model and its tokenizer, ready to write."""
 
     def __init__(self, folder: str | Path, *, compute_dtype: str | None = None) -> None:
-        """`folder` is a run, one of its checkpoints, or an imported model."""
+        """`folder` is a run, one of its checkpoints, or an imported model.
+
+        The compute dtype is the model's own; on a CPU, which has no fast bfloat16, float32.
+        """
         loaded = runs.load_model(folder)
-        model = loaded.model
-        if compute_dtype is not None:
-            model = Transformer(
-                dataclasses.replace(model.config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
-            )
+        dtype = compute_dtype or ("float32" if jax.default_backend() == "cpu" else None)
+        config = loaded.model.config
+        if dtype is not None:
+            config = override(config, {"compute_dtype": dtype})
         self.tokenizer = loaded.tokenizer
-        self.generator = Generator(model, loaded.params)
+        self.generator = Generator(Transformer(config), loaded.params)
 
     @property
     def context(self) -> int:

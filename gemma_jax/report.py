@@ -1,8 +1,28 @@
 """What verbs print for a person; `--json` prints the values themselves."""
 
+import argparse
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def emit(arguments: argparse.Namespace, value: Any, text: str) -> None:
+    """Prints `value` as one JSON value where `--json` asks for it, else `text`."""
+    if arguments.json:
+        print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    else:
+        print(text)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for every number that JSON cannot hold (NaN, infinity)."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def figures(values: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command_line import BUILD, EXPERIMENT, cut, write_inputs
 
-from gemma_jax import arguments, cli
+from gemma_jax import arguments, cli, report
 
 TEACHER = "teacher runs/tiny tokens"
 OPTIONS = {
@@ -316,7 +316,7 @@ def test_missing_weights_and_manifest(sandbox: Path, capsys: pytest.CaptureFixtu
 
 
 def test_nothing_is_printed_that_json_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print(
+    report.emit(
         arguments.parse(["inspect", "x", "--json"]),
         {"a": float("nan"), "b": [float("inf"), 1.5]},
         "",
