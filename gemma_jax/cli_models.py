@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,8 @@ def generate(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             stop=arguments.stop,
         )
-        _write([prompts[0]])
+        first = next(pieces)  # a prompt that is refused is not printed
+        _write([prompts[0], first])
         _write(pieces)
         print()
         return
@@ -89,7 +90,7 @@ def _as_text(row: dict[str, Any]) -> str:
     return text
 
 
-def _write(pieces: Any) -> None:
+def _write(pieces: Iterable[str]) -> None:
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()

@@ -30,9 +30,11 @@ OPTIONS = {
     "sweep": {"--arg", "--json", "--seeds", "--set"},
     "eval": {"--batch-size", "--data", "--json", "--seq-len", "--source", "--text-field"},
     "generate": {
-        *("--json", "--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-k"),
-        "--top-p",
+        *("--chat", "--file", "--json", "--logprobs", "--max-new-tokens", "--min-p", "--prompt"),
+        *("--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p"),
     },
+    "import": {"--json"},
+    "export": {"--dtype", "--format", "--json"},
     "inspect": {"--arg", "--json", "--seq-len", "--set"},
 }
 
