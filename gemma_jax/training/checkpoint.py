@@ -22,7 +22,6 @@ from gemma_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 BEST_METRIC = "valid/bits_per_byte"
-_DAMAGE = (ValueError, OSError, KeyError)  # what Orbax and TensorStore raise for it
 
 
 class Checkpoints:
@@ -80,7 +79,7 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardRestore(like.ema)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except _DAMAGE as error:
+        except Exception as error:  # Orbax wraps what TensorStore says of damage in a bare one
             place = self._folder / str(step)
             raise UserError(
                 f"the checkpoint {place} is damaged; copy it again, or delete that folder to go on "
@@ -144,7 +143,7 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
             return reader.restore(item, like)
     except UserError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # as above
         raise UserError(
             f"the checkpoint {place} is damaged; copy it again, or give another one of the run, "
             f"which has {steps}."
