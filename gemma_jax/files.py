@@ -59,14 +59,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Reads a JSON file; `what` names it in the error ("the manifest of a token set")."""
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object; `what` names it in the error ("the manifest of a token set")."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; it should be {what}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); it should be {what}.") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); it should be {what}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not {what}: it holds no JSON object; copy it again.")
+    return value
 
 
 def file_hash(path: str | Path) -> str:

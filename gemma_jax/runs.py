@@ -47,21 +47,31 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def check_claim(folder: Path, experiment: dict[str, Any]) -> None:
+def check_claim(folder: Path, experiment: Any) -> None:
     """Refuses a run folder that holds another experiment; writes nothing."""
-    path = folder / EXPERIMENT
-    if not path.exists():
+    if not (folder / EXPERIMENT).exists():
         return
-    saved = read_json(path, "the settings of a run")["experiment"]
-    for name, here, there in differences(experiment, saved):
-        if not _is_free(name):
-            raise UserError(
-                f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
-                "the experiment another name, or remove the folder."
-            )
+    for name, here, there in conflicts(experiment, _saved(folder)["experiment"]):
+        raise UserError(
+            f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
+            "the experiment another name, or remove the folder."
+        )
 
 
-def claim(folder: Path, experiment: dict[str, Any]) -> None:
+def conflicts(settings: Any, saved: Any) -> list[tuple[str, Any, Any]]:
+    """(path, here, there) where settings differ from saved ones in what they compute."""
+    return [found for found in differences(settings, saved) if not _is_free(found[0])]
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    path = folder / EXPERIMENT
+    saved = read_json(path, "the settings of a run")
+    if missing := {"experiment", "commit", "versions"} - saved.keys():
+        raise UserError(f"{path} does not say {min(missing)}; copy it again, or remove the folder.")
+    return saved
+
+
+def claim(folder: Path, experiment: Any) -> None:
     """Takes a run folder for an experiment, or refuses one that holds another.
 
     The commit and the versions of the first start stay; those of a later start that differ are
@@ -75,9 +85,9 @@ def claim(folder: Path, experiment: dict[str, Any]) -> None:
     versions = {name: importlib.metadata.version(name) for name in names}
     now = {"commit": _commit(), "versions": versions}
     if not path.exists():
-        write_json(path, {"experiment": experiment, **now})
+        write_json(path, {"experiment": to_json(experiment), **now})
         return
-    saved = read_json(path, "the settings of a run")
+    saved = _saved(folder)
     later = saved.get("resumed_with", [])
     known = [(start["commit"], start["versions"]) for start in (saved, *later)]
     if (now["commit"], now["versions"]) not in known:
@@ -86,7 +96,7 @@ def claim(folder: Path, experiment: dict[str, Any]) -> None:
 
 def _is_free(path: str) -> bool:
     """Whether a setting, the run's own or that of a teacher inside it, may differ."""
-    own = path.rpartition("objective.shards.teacher.")[2]
+    own = path.rpartition("teacher.")[2]
     return own.startswith(_FREE) and not own.startswith(_BOUND)
 
 
@@ -163,8 +173,6 @@ def trained_seq_len(folder: str | Path) -> int:
 
 def read_config(path: Path) -> ModelConfig:
     values = read_json(path, "the settings of a model")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not the settings of a model; copy it again.")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     values.pop("type", None)
     if unknown := sorted(values.keys() - known):

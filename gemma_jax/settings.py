@@ -163,11 +163,32 @@ def to_json(settings: Any) -> Any:
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(path, our value, their value) wherever two `to_json` trees differ."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
+    """(path, our value, their value) wherever settings differ from a `to_json` tree of others.
+
+    A field that is missing there has its default: the tree may be older than the field.
+    """
+    if dataclasses.is_dataclass(ours) and not isinstance(ours, type):
+        kind = type(ours)
+        if isinstance(theirs, dict) and theirs.get("type") == kind.__name__:
+            theirs = _defaults(kind) | theirs
+        names = [field.name for field in dataclasses.fields(ours)]
+        ours = {"type": kind.__name__, **{name: getattr(ours, name) for name in names}}
+    if isinstance(ours, Mapping) and isinstance(theirs, dict):
         found = []
         for key in sorted(ours.keys() | theirs.keys()):
             inner = f"{path}.{key}" if path else key
             found += differences(ours.get(key), theirs.get(key), inner)
         return found
+    ours = to_json(ours)
     return [] if ours == theirs else [(path, ours, theirs)]
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a settings class, as `to_json` writes them."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = to_json(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = to_json(field.default_factory())
+    return found

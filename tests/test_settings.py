@@ -75,3 +75,14 @@ def test_differences_name_the_path():
     ours, theirs = to_json(Page()), to_json(override(Page(), {"model.num_layers": 2}))
     assert differences(ours, theirs) == [("model.num_layers", 4, 2)]
     assert differences(ours, ours) == []
+
+
+def test_a_setting_that_is_newer_than_a_run_has_its_default_there():
+    """Everything but the choice of an optimizer and its rate is left out of what was saved."""
+    saved = to_json(Page())
+    saved["optimizer"] = {"type": "AdamW", "learning_rate": 1e-3}
+    del saved["model"]
+    assert differences(Page(), saved) == []
+    changed = override(Page(), {"optimizer.b1": 0.5, "model.num_layers": 2})
+    assert differences(changed, saved) == [("model.num_layers", 2, 4), ("optimizer.b1", 0.5, 0.9)]
+    assert ("optimizer.type", "Muon", "AdamW") in differences(Page(optimizer=Muon()), saved)

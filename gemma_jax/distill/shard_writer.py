@@ -9,7 +9,7 @@ interruptions.
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,8 @@ class ShardsWriter:
         self._shards: list[dict[str, Any]] = []
         self._totals = Totals()
         wanted = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(description)}
-        job_file = self.path / JOB
-        if not job_file.exists():
-            if any(self.path.glob("*.arrayrecord")) or (self.path / MANIFEST).exists():
-                raise UserError(f"{self.path} holds records but no {JOB}; choose another folder.")
-            write_json(job_file, wanted)
-            return
-        found = read_json(job_file, "the description of a folder of teacher shards")
-        for key, value in wanted.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"{self.path} was begun with {key} = {found.get(key)!r}, not {value!r}; choose "
-                    "another folder, or go on with the old setting."
-                )
+        if not check_begun(self.path, wanted):
+            write_json(self.path / JOB, wanted)
 
     def is_written(self, shard: int) -> bool:
         return (self.path / self._names[shard]).exists()
@@ -126,6 +115,22 @@ class ShardsWriter:
                 "sha256": file_hash(file),
             }
         )
+
+
+def check_begun(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether the folder was begun; refuses one that was begun with other values."""
+    if not (path / JOB).exists():
+        if any(path.glob("*.arrayrecord")) or (path / MANIFEST).exists():
+            raise UserError(f"{path} holds records but no {JOB}; choose another folder.")
+        return False
+    found = read_json(path / JOB, "the description of a folder of teacher shards")
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path} was begun with {key} = {found.get(key)!r}, not {value!r}; choose "
+                "another folder, or go on with the old setting."
+            )
+    return True
 
 
 def checked_sequences(
