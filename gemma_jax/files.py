@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +37,17 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         if error.errno not in causes:
             raise
         raise UserError(f"cannot write {path}: {causes[error.errno]}.") from error
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time write in `folder`; the others wait and find it done."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -213,7 +213,11 @@ def verify_shards(
     )
     with layout.active():
         teacher = _teacher(job, loaded, layout)
-        return verify_teacher_shards(path, recompute=teacher, sample=sample)
+        # A teacher in half precision rounds its probabilities in another way on another device or
+        # at another batch size, which moves draws among its rare ids.
+        exact = loaded.model.config.compute_dtype == "float32"
+        tolerated = 0.01 if exact else 0.5
+        return verify_teacher_shards(path, recompute=teacher, sample=sample, tolerated=tolerated)
 
 
 def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teacher:

@@ -5,12 +5,10 @@ work is lost), counts, and trains the tokenizer; the second tokenises. Shards en
 number of text bytes, so an interrupted build leaves whole shards behind that the next one keeps.
 """
 
-import fcntl
 import hashlib
 import math
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +85,7 @@ def build_tokens(corpus: Corpus, workers: int | None = None) -> TokenSet:
     if (folder / MANIFEST_FILE).exists():
         return _reopen(corpus, folder)
     parts = find_parts(corpus.sources)
-    with _alone(folder):
+    with files.alone(folder):
         if (folder / MANIFEST_FILE).exists():  # another process was faster
             return _reopen(corpus, folder)
         state = _prepare(corpus, folder, parts)
@@ -103,17 +101,6 @@ def build_tokens(corpus: Corpus, workers: int | None = None) -> TokenSet:
             )
         _finish(folder, state, tokenizer, shards)
         return TokenSet.open(folder)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Lets one process at a time build in `folder`; the others wait and find it done."""
-    with files.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _prepare(corpus: Corpus, folder: Path, parts: list[Part]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ import numpy as np
 from gemma_jax.distill.records import ID_BITS, MAX_DRAWS, MAX_VOCAB, encode_record
 from gemma_jax.distill.sampling import METHODS, Method, sample_targets, token_keys
 from gemma_jax.distill.shard_writer import ShardsWriter, checked_sequences
-from gemma_jax.distill.shards import MANIFEST, ShardsDescription, TeacherShards
+from gemma_jax.distill.shards import ShardsDescription, TeacherShards, is_complete
 from gemma_jax.errors import UserError
+from gemma_jax.files import alone
 from gemma_jax.progress import Advance, progress
 
 Example = dict[str, np.ndarray]
@@ -200,8 +201,8 @@ def write_teacher_shards(
 
     `sequences` gives the packed sequences in a fixed order, [T] arrays each; the first
     `num_sequences` are used. Finished work returns at once. After a kill the same call goes on at
-    the first missing shard, and ends with the bytes of an uninterrupted run. Raises UserError where
-    the folder was begun for anything else.
+    the first missing shard, and ends with the bytes of an uninterrupted run; a second process waits
+    for the first. Raises UserError where the folder was begun for anything else.
     """
     job = teacher.job
     if teacher.vocab_size != vocab_size:
@@ -222,15 +223,23 @@ def write_teacher_shards(
         num_records=num_sequences,
         records_per_shard=job.records_per_shard,
     )
-    writer = ShardsWriter(job.path, description)
-    names = description.shard_names()
-    if (Path(job.path) / MANIFEST).exists() and all(map(writer.is_written, range(len(names)))):
-        return TeacherShards.open(job.path).manifest
+    with alone(Path(job.path)):
+        return _write(teacher, sequences, description)
 
+
+def _write(
+    teacher: Teacher, sequences: Iterable[Example], description: ShardsDescription
+) -> dict[str, Any]:
+    writer = ShardsWriter(teacher.job.path, description)
+    shards = range(len(description.shard_names()))
+    if is_complete(writer.path) and all(map(writer.is_written, shards)):
+        return TeacherShards.open(writer.path).manifest
     source = checked_sequences(sequences, description)
-    ready = sum(len(description.shard_range(s)) for s in range(len(names)) if writer.is_written(s))
-    with progress("teacher", num_sequences * seq_len, start=ready * seq_len) as advance:
-        for shard in range(len(names)):
+    sizes = [len(description.shard_range(shard)) for shard in shards]
+    seq_len, total = description.seq_len, description.num_records * description.seq_len
+    ready = sum(size for shard, size in enumerate(sizes) if writer.is_written(shard))
+    with progress("teacher", total, start=ready * seq_len) as advance:
+        for shard in shards:
             indices = description.shard_range(shard)
             ours = itertools.islice(source, len(indices))
             if writer.is_written(shard):
