@@ -31,6 +31,7 @@ from gemma_jax.errors import UserError, require_positive
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.model.config import ModelConfig, flops_per_token
 from gemma_jax.model.transformer import Transformer
+from gemma_jax.settings import to_json
 from gemma_jax.sharding import MeshConfig, make_layout
 from gemma_jax.training.loop import Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
@@ -131,6 +132,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
         "accuracy": outcome.metrics["valid/accuracy"],
         "tokens": experiment.num_steps * experiment.batch_tokens,
         "steps": experiment.num_steps,
+        "best_step": outcome.best_step,
         "tokens_per_s": outcome.metrics.get("tokens_per_s"),
         "mfu": outcome.metrics.get("mfu"),
         "wall_s": round(time.time() - began, 1),
@@ -180,6 +182,7 @@ def build(experiment: Experiment) -> Job:
             batch_size=rows,
         ),
         seed=experiment.seed,
+        settings=to_json(experiment),
     )
 
 

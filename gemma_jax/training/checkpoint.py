@@ -53,6 +53,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint by validation, None where none was measured."""
+        return self._manager.best_step()
+
     def save(
         self, state: TrainState, batches: grain.DatasetIterator, metrics: dict[str, float] | None
     ) -> None:
