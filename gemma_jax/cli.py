@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet_threads()
     use_compilation_cache()
     try:
-        with disk_errors(_writes(arguments)):
+        with disk_errors(_writes(arguments), full_only=True):
             import_uninterrupted(_NEEDS.get(arguments.verb, "gemma_jax.experiment"))
             _VERBS[arguments.verb](arguments)
             sys.stdout.flush()

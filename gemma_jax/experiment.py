@@ -22,7 +22,7 @@ from gemma_jax.data.mixture import (
     open_tokens,
 )
 from gemma_jax.data.packing import valid_sequences
-from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.data.tokenizer import Tokenizer, TokenizerConfig
 from gemma_jax.data.tokens import Corpus, TokenSet
 from gemma_jax.distill.objective import Distill
 from gemma_jax.distill.shards import TeacherShards, shard_stream
@@ -31,7 +31,7 @@ from gemma_jax.errors import UserError, require_positive
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.model.config import ModelConfig, flops_per_token
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.settings import to_json
+from gemma_jax.settings import check_types, to_json
 from gemma_jax.sharding import MeshConfig, make_layout
 from gemma_jax.training.loop import Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
@@ -61,6 +61,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "tokens", "batch_tokens", "seq_len", "valid_tokens")
         parts = Path(self.name).parts
         if not parts or Path(self.name).is_absolute() or ".." in parts:
@@ -284,5 +285,8 @@ def _batches(
 # What a setting can be made of on the command line: `--set "optimizer=Muon(learning_rate=1e-3)"`.
 SETTINGS = {
     cls.__name__: cls
-    for cls in (AdamW, Cosine, Distill, LoopConfig, MeshConfig, Muon, WarmupStableDecay, Xent)
+    for cls in (
+        *(AdamW, Corpus, Cosine, Distill, Experiment, LoopConfig, MeshConfig, Mixture, ModelConfig),
+        *(Muon, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
+    )
 }

@@ -16,12 +16,18 @@ from gemma_jax.errors import UserError
 PARTIAL_SUFFIX = ".partial"
 
 
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # only writing meets these
+
+
 @contextlib.contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turns a full, read-only or forbidden disk under `path` into one sentence."""
+def disk_errors(path: str | Path, *, full_only: bool = False) -> Iterator[None]:
+    """Turns a full, read-only or forbidden disk under `path` into one sentence; with `full_only`,
+    around what also reads, a full one alone."""
     try:
         yield
     except OSError as error:
+        if full_only and error.errno not in _FULL:
+            raise
         causes = {
             errno.ENOSPC: "the disk is full; free some space and run the same command again",
             errno.EFBIG: "the file is over the size limit; raise it (ulimit -f) and run again",
@@ -33,6 +39,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             errno.EEXIST: "a file of that name is in the way; choose another path",
             errno.EISDIR: "a folder of that name is in the way; choose another path",
             errno.ENOENT: "that folder cannot be made; choose another path",
+            errno.ENAMETOOLONG: "that name is too long for the disk; choose a shorter one",
         }
         if error.errno not in causes:
             raise

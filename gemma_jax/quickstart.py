@@ -97,7 +97,7 @@ def report(summary: dict[str, Any]) -> str:
     lines += [
         f"distilled is {abs(won):.4f} bits/byte {verdict} than scratch, same tokens and steps",
         "",
-        f"training speed   {summary['tokens_per_s']:,.0f} tokens/s (student)",
+        f"training speed   {summary['tokens_per_s'] or 0:,.0f} tokens/s (student)",
         f"teacher shards   {summary['shard_bytes_per_token']:.1f} bytes a token, "
         f"{summary['unique_ids_per_token']:.1f} unique ids a token",
         f"wall clock       {summary['wall_s']:.0f} s",

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -45,16 +46,30 @@ def _override(settings: Any, changes: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _fields(settings: Any) -> dict[str, Any]:
-    if not dataclasses.is_dataclass(settings):
-        return {}
-    hints = typing.get_type_hints(type(settings))
-    return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
+    kind: Any = type(settings)
+    return _hints(kind) if dataclasses.is_dataclass(settings) else {}
 
 
-def checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def checked_fields(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` for the fields of a settings class, each of its annotated type."""
+    return {name: _checked(value, _hints(kind)[name], name) for name, value in values.items()}
+
+
+def check_types(settings: Any) -> None:
+    """For the `__post_init__` of a settings class: refuses a field that is not of its annotated
+    type, and makes floats of whole numbers and tuples of lists where those are wanted."""
+    kind = type(settings)
+    for name, wanted in _hints(kind).items():
+        value = getattr(settings, name)
+        found = _checked(value, wanted, f"{kind.__name__}.{name}")
+        if found is not value:
+            object.__setattr__(settings, name, found)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    return {name: _checked(value, hints[name], name) for name, value in values.items()}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _checked(value: Any, wanted: Any, path: str) -> Any:
@@ -121,15 +136,23 @@ def parse_value(text: str, known: Mapping[str, type]) -> Any:
         node = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):
         return text
-    if isinstance(node, ast.Call):
+    if isinstance(node, (ast.Call, ast.Tuple, ast.List, ast.Dict)) and any(
+        isinstance(inner, ast.Call) for inner in ast.walk(node)
+    ):
         return _construct(node, text, known)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: what is no key of a dict
         return text
 
 
 def _construct(node: ast.expr, text: str, known: Mapping[str, type]) -> Any:
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_construct(inner, text, known) for inner in node.elts)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        keys = [ast.literal_eval(key) for key in node.keys if key is not None]
+        inside = [_construct(inner, text, known) for inner in node.values]
+        return dict(zip(keys, inside, strict=True))
     if not isinstance(node, ast.Call):
         return ast.literal_eval(node)
     name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
@@ -139,7 +162,7 @@ def _construct(node: ast.expr, text: str, known: Mapping[str, type]) -> Any:
         )
     try:
         values = {str(k.arg): _construct(k.value, text, known) for k in node.keywords}
-        hints = typing.get_type_hints(known[name])
+        hints = _hints(known[name])
         for field, value in values.items():
             if field in hints:
                 values[field] = _checked(value, hints[field], f"{name}.{field}")

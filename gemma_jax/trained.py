@@ -89,6 +89,7 @@ def evaluate(
                 tokenizer=str(model_file),
                 text_field=text_field,
                 valid_fraction=0.0,
+                drop_duplicates=False,
             )
             tokens = build_tokens(corpus)
         measure = make_evaluation(

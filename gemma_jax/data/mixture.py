@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
 from gemma_jax.errors import UserError
+from gemma_jax.settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,9 @@ class Stage:
     until: float
     weights: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
@@ -31,6 +35,9 @@ class Mixture:
 
     sources: dict[str, Corpus | str]
     stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def open_tokens(data: Corpus | str) -> TokenSet:

@@ -128,6 +128,11 @@ def json_texts(name: str, text_field: str) -> Iterator[str]:
                 raise UserError(
                     f"{place} is not JSON ({error.msg}, column {error.colno}); mend or remove it."
                 ) from None
+            except (ValueError, RecursionError):  # both bound what a line may ask for
+                raise UserError(
+                    f"{place} holds a number of thousands of digits, or is nested too deeply; "
+                    "mend or remove it."
+                ) from None
             text = row.get(text_field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 has = ", ".join(row) if isinstance(row, dict) else type(row).__name__

@@ -124,12 +124,18 @@ class TokenSet:
                 "`gemma-jax data build`."
             )
         manifest = files.read_json(path / MANIFEST_FILE, "the manifest of a token set")
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if manifest.get("format") != FORMAT:
             raise UserError(f"{path / MANIFEST_FILE} is not the manifest of a token set.")
-        if manifest["version"] != VERSION:
+        if manifest.get("version") != VERSION:
             raise UserError(
-                f"{path} is of token format {manifest['version']}, this version reads {VERSION}; "
-                "build it again."
+                f"{path} is of token format {manifest.get('version')}, this version reads "
+                f"{VERSION}; build it again."
+            )
+        fields = {"token_dtype", "tokenizer", "description", "sources", "splits"}
+        if missing := sorted(fields - manifest.keys()):
+            raise UserError(
+                f"{path / MANIFEST_FILE} does not say {missing[0]}; copy it again, or delete the "
+                "folder and build it again."
             )
         token_set = cls(path, manifest)
         if token_set.tokenizer.hash != manifest["tokenizer"]["sha256"]:

@@ -30,6 +30,7 @@ from gemma_jax.data.token_set import (
 from gemma_jax.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerConfig, train_tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.progress import progress
+from gemma_jax.settings import check_types
 
 __all__ = ["Corpus", "Documents", "TokenSet", "build_tokens"]
 
@@ -63,6 +64,7 @@ class Corpus:
     def __post_init__(self) -> None:
         if isinstance(self.sources, str):
             raise UserError(f'sources is one text; write ("{self.sources}",), with the comma.')
+        check_types(self)
         if not 0 <= self.valid_fraction < 1:
             raise UserError(
                 f"valid_fraction {self.valid_fraction} is not in [0, 1); 0.01 holds out 1 %."

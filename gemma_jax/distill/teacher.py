@@ -23,6 +23,7 @@ from gemma_jax.distill.shards import ShardsDescription, TeacherShards, is_comple
 from gemma_jax.errors import UserError
 from gemma_jax.files import alone
 from gemma_jax.progress import Advance, progress
+from gemma_jax.settings import check_types
 
 Example = dict[str, np.ndarray]
 HiddenFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -43,6 +44,7 @@ class TeacherJob:
     records_per_shard: int = 256
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 <= self.draws <= MAX_DRAWS:
             raise UserError(f"draws = {self.draws} is outside 1..{MAX_DRAWS}; 50 to 100 is usual.")
         if self.method not in METHODS:

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_jax.errors import Interrupted, UserError, require_fractions, require_positive
 from gemma_jax.progress import progress
+from gemma_jax.settings import check_types
 from gemma_jax.sharding import Layout
 from gemma_jax.training.checkpoint import BEST_METRIC, Checkpoints
 from gemma_jax.training.metrics import MetricsLog, median, peak_flops, read_metrics
@@ -40,6 +41,7 @@ class LoopConfig:
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "log_every", "eval_every", "checkpoint_every")
         require_positive(self, "keep_last", "microbatches")
         require_positive(self, "keep_best", allow_zero=True)

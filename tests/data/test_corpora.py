@@ -107,6 +107,8 @@ def test_text_that_is_not_utf8_is_refused_by_place(tmp_path, monkeypatch) -> Non
         (b'{"body": "x", "n": 1}', r'line 3 has no text under "text" \(it has: body, n\)'),
         (b'["x"]', r"line 3 has no text .*list"),
         (b'{"text": "\xff"}', "line 3 is not UTF-8 at byte 10 of the line"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "line 3 holds a number of thousands of digits"),
+        (b"[" * 200_000, "line 3 .* is nested too deeply"),
         (b'{"text": "\\ud800"}', "line 3 holds half a surrogate pair at character 0"),
     ],
 )
