@@ -58,7 +58,7 @@ def checked_fields(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 def check_types(settings: Any) -> None:
     """For the `__post_init__` of a settings class: refuses a field that is not of its annotated
     type, and makes floats of whole numbers and tuples of lists where those are wanted."""
-    kind = type(settings)
+    kind: Any = type(settings)
     for name, wanted in _hints(kind).items():
         value = getattr(settings, name)
         found = _checked(value, wanted, f"{kind.__name__}.{name}")

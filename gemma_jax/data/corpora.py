@@ -2,7 +2,8 @@
 
 A source is a string:
   `stdlib`                     the standard library of the running Python: sources and reference
-  `hf:NAME[:CONFIG][:SPLIT]`   a Hugging Face dataset, by name or a folder of `save_to_disk`
+  `hf:NAME[:CONFIG][:SPLIT]`   a Hugging Face dataset, by name or its folder: a copy of its
+                               repository, or what `save_to_disk` wrote
   `some/file.jsonl.xz`         JSON lines, one document a line (`.jsonl`, `.json`, `.ndjson`)
   `some/file.parquet`          one document a row
   `some/file.md`               any other file: UTF-8 text, one document a file
@@ -99,8 +100,10 @@ class Part:
 
     def is_still(self, identity: dict[str, Any]) -> bool:
         """Whether it is what `identity` was taken from; reads it only where the time differs."""
-        if self.kind == "hf":  # asking the hub each time would need a network
-            return True
+        if self.kind == "hf" and not Path(self.name.split(":")[1]).is_dir():
+            return True  # asking the hub each time would need a network
+        if self.kind == "hf":
+            return self.identity() == identity
         if self.kind == "stdlib":
             return self.identity() == identity
         with readers.reading(self.name):

@@ -129,20 +129,24 @@ def test_sources_that_are_not_there_are_refused(tmp_path) -> None:
         texts()
 
 
-def test_hugging_face_dataset(tmp_path, monkeypatch) -> None:
-    """Against a stand-in for the package, which is an optional one."""
+class Dataset:
+    """A stand-in for that of the package `datasets`, which is an optional one."""
 
-    class Dataset:
-        column_names = ("text", "label")
-        _fingerprint = "f00"
+    column_names = ("text", "label")
 
-        def select_columns(self, names):
-            assert names == ["text"]
-            return [{"text": "one"}, {"text": None}, {"text": "two"}]
+    def __init__(self, split="train", fingerprint="f00"):
+        self.split, self._fingerprint = split, fingerprint
 
-        def __len__(self):
-            return 3
+    def select_columns(self, names):
+        assert names == ["text"]
+        return [{"text": "one"}, {"text": None}, {"text": "two"}]
 
+    def __len__(self):
+        return 3
+
+
+@pytest.fixture
+def package(monkeypatch):
     class DatasetDict(dict): ...
 
     package = types.ModuleType("datasets")
@@ -150,6 +154,10 @@ def test_hugging_face_dataset(tmp_path, monkeypatch) -> None:
     package.load_from_disk = lambda path: DatasetDict(train=Dataset(), test=Dataset())
     package.load_dataset = lambda name, config, split: [Dataset()][name != "some/name"]
     monkeypatch.setitem(sys.modules, "datasets", package)
+    return package
+
+
+def test_hugging_face_dataset(tmp_path, package, monkeypatch) -> None:
     for source in ("hf:some/name", "hf:some/name:config:train", f"hf:{tmp_path}:test"):
         assert texts(source) == ["one", "two"]
     assert find_parts(("hf:some/name",))[0].identity()["fingerprint"] == "f00"
@@ -158,5 +166,26 @@ def test_hugging_face_dataset(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         texts("hf:other")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"gemma-jax\[hf\]"):
+    with pytest.raises(UserError, match=r"GEMMA_JAX_EXTRA=cpu,hf"):
         texts("hf:some/name")
+
+
+def test_hugging_face_folders(tmp_path, package) -> None:
+    """One dataset alone has the split that it was taken from; what `save_to_disk` did not write is
+    a copy of a repository; and a folder that has changed is not still the same."""
+    package.load_from_disk = lambda path: Dataset("test")
+    assert texts(f"hf:{tmp_path}") == texts(f"hf:{tmp_path}:test") == ["one", "two"]
+    with pytest.raises(UserError, match=r'the split "train" .*one dataset alone \(split: test\)'):
+        texts(f"hf:{tmp_path}:train")
+    (part,) = find_parts((f"hf:{tmp_path}",))
+    identity = part.identity()
+    assert part.is_still(identity)
+    package.load_from_disk = lambda path: Dataset("test", "f01")
+    assert not part.is_still(identity)
+
+    def refuse(path):
+        raise FileNotFoundError
+
+    package.load_from_disk = refuse
+    package.load_dataset = lambda name, config, split: Dataset(split, name)
+    assert find_parts((f"hf:{tmp_path}:test",))[0].identity()["fingerprint"] == str(tmp_path)
