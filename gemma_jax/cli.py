@@ -82,7 +82,7 @@ def _finite(value: Any) -> Any:
 def _quickstart(arguments: argparse.Namespace) -> None:
     from gemma_jax import quickstart
 
-    path = Path(arguments.file) if arguments.file else quickstart.FILE
+    path = Path(arguments.file) if arguments.file else quickstart.default_file()
     sweep = _load_sweep(path, arguments)
     summary = quickstart.quickstart(sweep)
     _print(arguments, summary, quickstart.report(summary))

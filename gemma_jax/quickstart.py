@@ -24,6 +24,16 @@ _PROMPTS = ("def ", "import ", "The ", "class ", "    return ")
 _SAMPLE_TOKENS = 48
 
 
+def default_file() -> Path:
+    """The quickstart's experiment file, which lies beside the package in a checkout."""
+    if not FILE.exists():
+        raise UserError(
+            "the quickstart is experiments/quickstart.py of a checkout, and this installation has "
+            "none; clone the repository and run ./launch.sh quickstart, or give the file's path."
+        )
+    return FILE
+
+
 def quickstart(sweep: Sweep) -> dict[str, Any]:
     """Runs a scratch-against-distilled sweep to its end; also writes `summary.json` in its folder.
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command_line import BUILD, EXPERIMENT, cut, write_inputs
 
-from gemma_jax import arguments, cli
+from gemma_jax import arguments, cli, quickstart
 
 OPTIONS = {
     "quickstart": {"--arg", "--json", "--set"},
@@ -298,6 +298,20 @@ def test_a_file_that_cannot_be_read_is_not_called_unwritable(
     said = refused(GENERATE.split(), capsys)
     assert name in said
     assert "write" not in said
+
+
+def test_a_quickstart_outside_of_a_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "FILE", tmp_path / "quickstart.py")
+    assert "of a checkout" in refused(["quickstart"], capsys)
+
+
+def test_a_report_of_a_quickstart_too_short_to_be_timed() -> None:
+    bits = {"teacher": 1.0, "scratch": 2.0, "distilled": 1.5}
+    numbers = {"tokens_per_s": None, "shard_bytes_per_token": 1, "unique_ids_per_token": 1}
+    summary = {"bits_per_byte": bits, **numbers, "wall_s": 1, "plot": "p", "samples": {}}
+    assert "training speed   0 tokens/s" in quickstart.report(summary)
 
 
 def test_missing_weights_and_manifest(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,6 @@
 The layout of the folder and of each record is in docs/formats.md.
 """
 
-import hashlib
-import json
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -151,13 +149,6 @@ class TokenSet:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path / MODEL_FILE)
 
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 over the hashes of all shards and of the tokenizer, in hex."""
-        parts = [s["sha256"] for split in SPLITS for s in self.manifest["splits"][split]["shards"]]
-        parts.append(self.manifest["tokenizer"]["sha256"])
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
     def counts(self, split: str) -> dict[str, int]:
         """`documents`, `tokens` (with BOS and EOS) and `bytes` (UTF-8 of the text) of a split."""
         entry = self.manifest["splits"][split]
@@ -178,17 +169,6 @@ class TokenSet:
                 "another valid_fraction."
             )
         return documents
-
-    def verify(self) -> None:
-        """Reads every shard and compares its hash with the manifest's.
-
-        Raises:
-          UserError: naming the first file that differs.
-        """
-        for split in SPLITS:
-            for shard in self.manifest["splits"][split]["shards"]:
-                if files.file_hash(self.path / shard["file"]) != shard["sha256"]:
-                    raise _damaged(self.path / shard["file"], "its SHA-256 differs")
 
     def _documents(self, split: str) -> Documents:
         cache = self.__dict__.setdefault("_opened", {})

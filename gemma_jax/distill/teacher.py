@@ -60,13 +60,12 @@ class TeacherOutput(NamedTuple):
     """What the teacher says of a batch [B, T].
 
     `words` uint32 [B, T, N]: id | count << 18, ids ascending, count 0 = unused; `label_logprob`,
-    `entropy` float32 [B, T] in nats; `top1` int32 [B, T].
+    `entropy` float32 [B, T] in nats.
     """
 
     words: Any
     label_logprob: Any
     entropy: Any
-    top1: Any
 
 
 class Teacher:
@@ -179,7 +178,7 @@ def _sample_chunks(
         )
         ids, counts = sampled.ids.astype(jnp.uint32), sampled.counts.astype(jnp.uint32)
         words = jnp.where(counts > 0, ids | counts << ID_BITS, 0)
-        flat = (words, sampled.label_logprob, sampled.entropy, sampled.top1)
+        flat = (words, sampled.label_logprob, sampled.entropy)
         return TeacherOutput(*(x.reshape(B, chunk, *x.shape[1:]) for x in flat))
 
     key_chunks = jnp.moveaxis(keys.reshape(B, -1, chunk), 1, 0)
@@ -279,7 +278,7 @@ def _records(
 def _encode(
     job: TeacherJob, sequences: list[Example], indices: range, output: TeacherOutput
 ) -> Iterator[bytes]:
-    words, label_logprob, entropy, _ = jax.device_get(output)
+    words, label_logprob, entropy = jax.device_get(output)
     for row, (sequence, index) in enumerate(zip(sequences, indices, strict=True)):
         kept = sequence["loss_mask"] > 0
         # The label's log-probability may be -inf (an id that the teacher excludes); never NaN.
