@@ -106,7 +106,8 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
     from gemma_jax.data.corpora import iter_documents
     from gemma_jax.data.tokenizer import TokenizerConfig, train_tokenizer
 
-    texts = iter_documents(tuple(arguments.source), text_field=arguments.text_field)
+    sources = tuple(arguments.source)
+    texts = iter_documents(sources, arguments.text_field, show_progress=True)
     config = TokenizerConfig(vocab_size=arguments.vocab_size)
     tokenizer = train_tokenizer((document.text for document in texts), config, arguments.path)
     value = {"path": arguments.path, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash}

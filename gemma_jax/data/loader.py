@@ -131,6 +131,28 @@ def train_stream(
     """
     check_seq_len(seq_len)
     _check_stages(sources, stages)
+    rows = _own_rows(batch_size, num_batches, host_index, host_count)
+    used = [name for name in sources if any(name in stage.weights for stage in stages)]
+    streams = {
+        name: PackedStream(
+            sources[name].documents("train"), seq_len, _own_seed(seed, name), shuffle_sequences=True
+        )
+        for name in used
+    }
+    batches = _Batches(
+        streams,
+        Turns(stages, used, num_batches * batch_size),
+        rows,
+        batch_size,
+        num_batches,
+    )
+    return grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    )
+
+
+def _own_rows(batch_size: int, num_batches: int, host_index: int, host_count: int) -> range:
+    """The rows of each batch that a host reads."""
     if batch_size < 1 or num_batches < 1:
         raise UserError(
             f"batch_size {batch_size} and num_batches {num_batches} must both be 1 or more."
@@ -140,24 +162,8 @@ def train_stream(
             f"batch_size {batch_size} (sequences) does not divide over {host_count} hosts for host "
             f"{host_index}; make it a multiple of {host_count}."
         )
-    used = [name for name in sources if any(name in stage.weights for stage in stages)]
-    streams = {
-        name: PackedStream(
-            sources[name].documents("train"), seq_len, _own_seed(seed, name), shuffle_sequences=True
-        )
-        for name in used
-    }
     own = batch_size // host_count
-    batches = _Batches(
-        streams,
-        Turns(stages, used, num_batches * batch_size),
-        range(host_index * own, (host_index + 1) * own),
-        batch_size,
-        num_batches,
-    )
-    return grain.MapDataset.source(batches).to_iter_dataset(
-        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    )
+    return range(host_index * own, (host_index + 1) * own)
 
 
 def _own_seed(seed: int, name: str) -> int:

@@ -1,5 +1,6 @@
 """Sources: what each kind gives, in which order, and what is refused with which words."""
 
+import contextlib
 import gzip
 import json
 import lzma
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from gemma_jax.data import readers
+from gemma_jax.data import corpora, readers
 from gemma_jax.data.corpora import find_parts, iter_documents
 from gemma_jax.errors import UserError
 
@@ -53,6 +54,24 @@ def test_json_lines_packed_or_not(tmp_path, suffix: str) -> None:
         path.write_bytes(path.read_bytes()[:-6])
         with pytest.raises(UserError, match="damaged or cut short"):
             texts(path)
+
+
+def test_the_bar_moves_within_a_file(tmp_path, monkeypatch) -> None:
+    """It ends at the size of all files, packed or not, and never goes past it on the way."""
+    moves = []
+
+    @contextlib.contextmanager
+    def bar(label, total, quiet):
+        yield lambda units, note: moves.append((units, note))
+        assert sum(units for units, _ in moves) == total
+
+    monkeypatch.setattr(corpora, "progress", bar)
+    monkeypatch.setattr(corpora, "_BAR_CHARS", 10)
+    (tmp_path / "a.jsonl").write_bytes(lines(*[{"text": "twelve chars"}] * 5))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(*[{"text": "x" * 90}] * 50)))
+    assert len(texts(tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", show_progress=True)) == 55
+    assert [units for units, name in moves if name.endswith("a.jsonl")][:5] == [12] * 5
+    assert all(units >= 0 for units, _ in moves)
 
 
 def test_parquet(tmp_path) -> None:
