@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import BUILD, EXPERIMENT, cut, write_inputs
+from command_line import BUILD, EXPERIMENT, cut, edited, flipped, without, write_inputs
 
-from gemma_jax import arguments, cli, quickstart
+from gemma_jax import arguments, cli
 
 OPTIONS = {
     "quickstart": {"--arg", "--json", "--set"},
@@ -215,22 +215,6 @@ def test_a_mistake_is_one_sentence(line: str, capsys: pytest.CaptureFixture[str]
     assert MISTAKES[line] in refused(line.split(" "), capsys)
 
 
-def flipped(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
-
-
-def edited(**changes: Any) -> Any:
-    return lambda data: json.dumps(json.loads(data) | changes).encode()
-
-
-def without(name: str) -> Any:
-    def harm(data: bytes) -> bytes:
-        return json.dumps({k: x for k, x in json.loads(data).items() if k != name}).encode()
-
-    return harm
-
-
 DAMAGE = {
     "shard-cut": ("shards/*.arrayrecord", cut, "teacher verify shards", "manifest says"),
     "shard-flipped": ("shards/*.arrayrecord", flipped, "teacher verify shards", "is damaged"),
@@ -298,20 +282,6 @@ def test_a_file_that_cannot_be_read_is_not_called_unwritable(
     said = refused(GENERATE.split(), capsys)
     assert name in said
     assert "write" not in said
-
-
-def test_a_quickstart_outside_of_a_checkout(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(quickstart, "FILE", tmp_path / "quickstart.py")
-    assert "of a checkout" in refused(["quickstart"], capsys)
-
-
-def test_a_report_of_a_quickstart_too_short_to_be_timed() -> None:
-    bits = {"teacher": 1.0, "scratch": 2.0, "distilled": 1.5}
-    numbers = {"tokens_per_s": None, "shard_bytes_per_token": 1, "unique_ids_per_token": 1}
-    summary = {"bits_per_byte": bits, **numbers, "wall_s": 1, "plot": "p", "samples": {}}
-    assert "training speed   0 tokens/s" in quickstart.report(summary)
 
 
 def test_missing_weights_and_manifest(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
