@@ -191,6 +191,7 @@ def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) ->
     """The shards of a job, written where they are not yet, of the student's tokenizer."""
     shards = _finished_shards(job)
     if isinstance(job, TeacherRun) and shards is None:
+        trained.check_one_process(job)
         data, seq_len = _what_it_reads(job)
         tokens = open_tokens(data)
         if tokenizer is not None:
@@ -218,7 +219,7 @@ def _finished_shards(job: TeacherJob | str) -> TeacherShards | None:
     shards = trained.find_shards(job, job.teacher, seq_len=seq_len, num_sequences=job.num_sequences)
     # A folder given by its name may hold another run by now: `write_shards` compares the weights.
     by_name = isinstance(job.teacher, str) and Path(job.teacher).exists()
-    return None if by_name else shards
+    return None if by_name and jax.process_count() == 1 else shards
 
 
 def _what_it_reads(job: TeacherRun) -> tuple[Corpus | str, int]:

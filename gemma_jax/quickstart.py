@@ -12,7 +12,7 @@ from gemma_jax.data.tokenizer import BOS
 from gemma_jax.distill.objective import Distill
 from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.errors import UserError
-from gemma_jax.experiment import TeacherRun
+from gemma_jax.experiment import Experiment, TeacherRun, run
 from gemma_jax.files import write_json
 from gemma_jax.generation.decode import generate
 from gemma_jax.generation.sampling import Sampling
@@ -49,6 +49,8 @@ def quickstart(sweep: Sweep) -> dict[str, Any]:
         "distilled": sweep.experiment("distilled", seed).folder,
     }
     run_sweep(sweep)
+    if isinstance(job.teacher, Experiment):
+        run(job.teacher)  # finished shards do without it, the verdict does not
     results = {name: read_result(folder) or {} for name, folder in folders.items()}
     shards = TeacherShards.open(job.path).manifest
     tokens = shards["num_tokens"]

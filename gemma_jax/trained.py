@@ -115,11 +115,7 @@ def write_shards(
 
     Returns the manifest of the shards. All of the split is read when `num_sequences` is None.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"the shards at {job.path} are not finished, and {jax.process_count()} processes "
-            "cannot write them; run `gemma-jax teacher` as one process first."
-        )
+    check_one_process(job)
     layout = make_layout(MeshConfig())
     loaded = runs.load_model(folder, layout=layout)
     check_same_tokenizer(tokens, loaded.tokenizer, f"the teacher {folder}")
@@ -144,6 +140,14 @@ def write_shards(
             vocab_size=loaded.tokenizer.vocab_size,
             teacher_hash=runs.params_hash(loaded.params),
             tokenizer_hash=loaded.tokenizer.hash,
+        )
+
+
+def check_one_process(job: TeacherJob) -> None:
+    if jax.process_count() > 1:
+        raise UserError(
+            f"the shards at {job.path} are not finished, and {jax.process_count()} processes "
+            "cannot write them; start one process alone first."
         )
 
 
