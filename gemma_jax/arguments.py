@@ -123,6 +123,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
     one.add_argument("--num-sequences", type=_positive, help="all of the training split by default")
 
+    _verbs_of_what_is_made(verb)
+    return whole
+
+
+def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one = verb("teacher verify", "Read shards again from end to end and check them.")
     one.add_argument("path", help="folder of the shards")
     one.add_argument("--checkpoint", help="the teacher's run, to recompute a sample of records")
@@ -146,7 +151,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("what", help="an experiment file, the name of a preset, or a run's folder")
     one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence for the FLOPs")
     _settings_options(one)
-    return whole
 
 
 def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet_threads()
     use_compilation_cache()
     try:
-        with disk_errors(_writes(arguments)):
+        with disk_errors(_writes(arguments), full_only=True):
             import_uninterrupted(_NEEDS.get(arguments.verb, "gemma_jax.experiment"))
             _VERBS[arguments.verb](arguments)
             sys.stdout.flush()
@@ -67,7 +67,7 @@ def _writes(arguments: argparse.Namespace) -> str:
 def _quickstart(arguments: argparse.Namespace) -> None:
     from gemma_jax import quickstart
 
-    path = Path(arguments.file) if arguments.file else quickstart.FILE
+    path = Path(arguments.file) if arguments.file else quickstart.default_file()
     sweep = _load_sweep(path, arguments)
     summary = quickstart.quickstart(sweep)
     report.emit(arguments, summary, quickstart.report(summary))
@@ -92,7 +92,8 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
     from gemma_jax.data.corpora import iter_documents
     from gemma_jax.data.tokenizer import TokenizerConfig, train_tokenizer
 
-    texts = iter_documents(tuple(arguments.source), text_field=arguments.text_field)
+    sources = tuple(arguments.source)
+    texts = iter_documents(sources, arguments.text_field, show_progress=True)
     config = TokenizerConfig(vocab_size=arguments.vocab_size)
     tokenizer = train_tokenizer((document.text for document in texts), config, arguments.path)
     value = {"path": arguments.path, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash}

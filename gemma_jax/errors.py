@@ -25,12 +25,14 @@ def require_positive(settings: Any, *names: str, allow_zero: bool = False) -> No
             )
 
 
-def require_fractions(settings: Any, *names: str) -> None:
+def require_fractions(settings: Any, *names: str, below_one: bool = False) -> None:
     """Refuses a setting that does not lie between 0 and 1."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UserError(f"{type(settings).__name__}.{name}={value} must lie between 0 and 1.")
+        if value is None or (0 <= value <= 1 and not (below_one and value == 1)):
+            continue
+        wanted = "be at least 0 and below 1" if below_one else "lie between 0 and 1"
+        raise UserError(f"{type(settings).__name__}.{name}={value} must {wanted}.")
 
 
 class Interrupted(Exception):  # noqa: N818

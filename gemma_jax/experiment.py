@@ -12,10 +12,17 @@ import grain
 import jax
 
 from gemma_jax import runs, trained
-from gemma_jax.data.loader import Stage, train_stream
+from gemma_jax.data.loader import train_stream
+from gemma_jax.data.mixture import (
+    Mixture,
+    Stage,
+    check_same_tokenizer,
+    open_sources,
+    open_tokens,
+)
 from gemma_jax.data.packing import valid_sequences
-from gemma_jax.data.tokenizer import Tokenizer
-from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
+from gemma_jax.data.tokenizer import Tokenizer, TokenizerConfig
+from gemma_jax.data.tokens import Corpus, TokenSet
 from gemma_jax.distill.objective import Distill
 from gemma_jax.distill.shards import TeacherShards, shard_stream
 from gemma_jax.distill.teacher import TeacherJob
@@ -23,23 +30,11 @@ from gemma_jax.errors import UserError, require_positive
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.model.config import ModelConfig, flops_per_token
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.settings import to_json
+from gemma_jax.settings import check_types, to_json
 from gemma_jax.sharding import MeshConfig, make_layout
 from gemma_jax.training.loop import Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Several corpora in stages: `Stage(until=0.8, weights={"a": 0.7, "b": 0.3})` and so on.
-
-    `sources` name token sets, which must share one tokenizer; the stages say which part of the
-    run draws from which, by weight in tokens.
-    """
-
-    sources: dict[str, Corpus | str]
-    stages: tuple[Stage, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +60,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "tokens", "batch_tokens", "seq_len", "valid_tokens")
         parts = Path(self.name).parts
         if not parts or Path(self.name).is_absolute() or ".." in parts:
@@ -121,13 +117,13 @@ def run(experiment: Experiment) -> dict[str, Any]:
     Builds what it names first. A finished run returns at once; an interrupted one goes on. A
     folder that holds another experiment is refused.
     """
-    runs.check_claim(experiment.folder, to_json(experiment))
+    runs.check_claim(experiment.folder, experiment)
     finished = runs.read_result(experiment.folder)
     if finished is not None:
         return finished
     with runs.held(experiment.folder) as seconds:
         job = build(experiment)
-        runs.claim(experiment.folder, to_json(experiment))  # the input is known to be good
+        runs.claim(experiment.folder, experiment)  # the input is known to be good
         outcome = train(job)
         result = {
             "name": experiment.name,
@@ -136,6 +132,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
             "accuracy": outcome.metrics["valid/accuracy"],
             "tokens": experiment.num_steps * experiment.batch_tokens,
             "steps": experiment.num_steps,
+            "best_step": outcome.best_step,
             "tokens_per_s": outcome.metrics.get("tokens_per_s"),
             "mfu": outcome.metrics.get("mfu"),
             "wall_s": round(seconds(), 1),
@@ -149,7 +146,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
 def finished_result(experiment: Experiment) -> dict[str, Any] | None:
     """The result of a run that is finished; None where it is not, or was of other settings."""
     try:
-        runs.check_claim(experiment.folder, to_json(experiment))
+        runs.check_claim(experiment.folder, experiment)
     except UserError:
         return None
     return runs.read_result(experiment.folder)
@@ -167,7 +164,7 @@ def build(experiment: Experiment) -> Job:
             "mesh."
         )
     _check_teacher(experiment)
-    sources = _token_sets(experiment.data)
+    sources = open_sources(experiment.data)
     tokenizer = next(iter(sources.values())).tokenizer
     _check_vocabulary(experiment, tokenizer)
     model, config = Transformer(experiment.model), experiment.model
@@ -194,23 +191,43 @@ def build(experiment: Experiment) -> Job:
             batch_size=rows,
         ),
         seed=experiment.seed,
+        settings=to_json(experiment),
     )
 
 
-def prepare_shards(job: TeacherJob | str) -> TeacherShards:
-    """The shards of a job, written where they are not yet."""
-    if isinstance(job, str):
-        return TeacherShards.open(job)
+def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) -> TeacherShards:
+    """The shards of a job, written where they are not yet, of the student's tokenizer."""
+    shards = _finished_shards(job)
+    if isinstance(job, TeacherRun) and shards is None:
+        trained.check_one_process(job)
+        data, seq_len = _what_it_reads(job)
+        tokens = open_tokens(data)
+        if tokenizer is not None:
+            check_same_tokenizer(tokens, tokenizer, "the data of the student")
+        trained.count_sequences(tokens, seq_len, job.num_sequences)
+        folder = Path(job.teacher) if isinstance(job.teacher, str) else job.teacher.folder
+        if isinstance(job.teacher, Experiment):
+            for own in open_sources(job.teacher.data).values():
+                check_same_tokenizer(tokens, own.tokenizer, "the data of the teacher")
+            run(job.teacher)
+        trained.note_lesson(job, job.teacher)
+        trained.write_shards(job, folder, tokens, seq_len=seq_len, num_sequences=job.num_sequences)
+        shards = TeacherShards.open(job.path)
+    assert shards is not None
+    if tokenizer is not None:
+        shards.check_tokenizer(tokenizer.hash)
+    return shards
+
+
+def _finished_shards(job: TeacherJob | str) -> TeacherShards | None:
+    """The shards of a job where there is nothing left to write; refuses those of another job."""
     if not isinstance(job, TeacherRun):
-        return TeacherShards.open(job.path)
-    data, seq_len = _what_it_reads(job)
-    folder = Path(job.teacher) if isinstance(job.teacher, str) else job.teacher.folder
-    if isinstance(job.teacher, Experiment):
-        run(job.teacher)
-    trained.write_shards(
-        job, folder, open_tokens(data), seq_len=seq_len, num_sequences=job.num_sequences
-    )
-    return TeacherShards.open(job.path)
+        return TeacherShards.open(job if isinstance(job, str) else job.path)
+    _, seq_len = _what_it_reads(job)
+    shards = trained.find_shards(job, job.teacher, seq_len=seq_len, num_sequences=job.num_sequences)
+    # A folder given by its name may hold another run by now: `write_shards` compares the weights.
+    by_name = isinstance(job.teacher, str) and Path(job.teacher).exists()
+    return None if by_name and jax.process_count() == 1 else shards
 
 
 def _what_it_reads(job: TeacherRun) -> tuple[Corpus | str, int]:
@@ -227,39 +244,22 @@ def _check_teacher(experiment: Experiment) -> None:
     if not isinstance(experiment.objective, Distill):
         return
     job = experiment.objective.shards
-    if isinstance(job, TeacherRun):
+    shards = _finished_shards(job)
+    if isinstance(job, TeacherRun) and shards is None:
         _, seq_len = _what_it_reads(job)
         if isinstance(job.teacher, Experiment):
             _check_teacher(job.teacher)
             vocab_size = job.teacher.model.vocab_size
         else:
             vocab_size = runs.read_config(Path(job.teacher) / runs.MODEL).vocab_size
-    else:
-        manifest = prepare_shards(job).manifest
-        seq_len, vocab_size = manifest["seq_len"], manifest["vocab_size"]
+    elif shards is not None:
+        seq_len, vocab_size = shards.seq_len, shards.manifest["vocab_size"]
     own = {"seq_len": experiment.seq_len, "model.vocab_size": experiment.model.vocab_size}
     for (name, here), there in zip(own.items(), (seq_len, vocab_size), strict=True):
         if here != there:
             raise UserError(
                 f"{name}={here}, but the teacher's shards have {there}; set {name}={there}."
             )
-
-
-def open_tokens(data: Corpus | str) -> TokenSet:
-    """A token set by its folder, or by its description: built where it is not yet."""
-    return TokenSet.open(data) if isinstance(data, str) else build_tokens(data)
-
-
-def _token_sets(data: Corpus | Mixture | str) -> dict[str, TokenSet]:
-    if not isinstance(data, Mixture):
-        return {"data": open_tokens(data)}
-    if not data.sources:
-        raise UserError("data.sources is empty; a mixture needs at least one corpus.")
-    sets = {name: open_tokens(source) for name, source in data.sources.items()}
-    first = next(iter(data.sources))
-    for tokens in sets.values():
-        trained.check_same_tokenizer(tokens, sets[first].tokenizer, f"source '{first}'")
-    return sets
 
 
 def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
@@ -275,8 +275,7 @@ def _batches(
 ) -> grain.IterDataset:
     host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
     if isinstance(experiment.objective, Distill):
-        shards = prepare_shards(experiment.objective.shards)
-        shards.check_tokenizer(tokenizer.hash)
+        shards = prepare_shards(experiment.objective.shards, tokenizer)
         return shard_stream(shards, batch_size=experiment.batch_size, seed=experiment.seed, **host)
     data = experiment.data
     whole = (Stage(until=1.0, weights={"data": 1.0}),)
@@ -295,5 +294,8 @@ def _batches(
 # What a setting can be made of on the command line: `--set "optimizer=Muon(learning_rate=1e-3)"`.
 SETTINGS = {
     cls.__name__: cls
-    for cls in (AdamW, Cosine, Distill, LoopConfig, MeshConfig, Muon, WarmupStableDecay, Xent)
+    for cls in (
+        *(AdamW, Corpus, Cosine, Distill, Experiment, LoopConfig, MeshConfig, Mixture, ModelConfig),
+        *(Muon, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
+    )
 }

@@ -18,12 +18,18 @@ from gemma_jax.errors import UserError
 PARTIAL_SUFFIX = ".partial"
 
 
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # only writing meets these
+
+
 @contextlib.contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turns a full, read-only or forbidden disk under `path` into one sentence."""
+def disk_errors(path: str | Path, *, full_only: bool = False) -> Iterator[None]:
+    """Turns a full, read-only or forbidden disk under `path` into one sentence; with `full_only`,
+    around what also reads, a full one alone."""
     try:
         yield
     except OSError as error:
+        if full_only and error.errno not in _FULL:
+            raise
         causes = {
             errno.ENOSPC: "the disk is full; free some space and run the same command again",
             errno.EFBIG: "the file is over the size limit; raise it (ulimit -f) and run again",
@@ -35,6 +41,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             errno.EEXIST: "a file of that name is in the way; choose another path",
             errno.EISDIR: "a folder of that name is in the way; choose another path",
             errno.ENOENT: "that folder cannot be made; choose another path",
+            errno.ENAMETOOLONG: "that name is too long for the disk; choose a shorter one",
         }
         if error.errno not in causes:
             raise
@@ -62,14 +69,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Reads a JSON file; `what` names it in the error ("the manifest of a token set")."""
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object; `what` names it in the error ("the manifest of a token set")."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; it should be {what}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); it should be {what}.") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); it should be {what}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not {what}: it holds no JSON object; copy it again.")
+    return value
 
 
 @contextlib.contextmanager

@@ -24,9 +24,12 @@ def quiet_threads() -> None:
             threading.__excepthook__(failure)
 
     def in_callback(failure: Any) -> None:
-        # The first array that cannot be read ends Orbax's event loop; TensorStore tells of the
-        # others afterwards.
-        if not _of_disk(failure.exc_value) and str(failure.exc_value) != "Event loop is closed":
+        # The first array that cannot be read ends Orbax's event loop; TensorStore and the readers
+        # that were waiting tell of the others afterwards.
+        code = getattr(failure.object, "cr_code", None)
+        waiting = code is not None and "orbax" in code.co_filename
+        closed = waiting or str(failure.exc_value) == "Event loop is closed"
+        if not closed and not _of_disk(failure.exc_value):
             sys.__unraisablehook__(failure)
 
     threading.excepthook, sys.unraisablehook = in_thread, in_callback
@@ -66,7 +69,7 @@ def quiet_libraries() -> None:
     """Keeps what libraries tell their own developers off stderr; their errors stay."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for name in ("absl", "asyncio", "jax", "orbax"):
+    for name in ("absl", "asyncio", "huggingface_hub", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "asyncio" else logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ from gemma_jax.data.tokenizer import BOS
 from gemma_jax.distill.objective import Distill
 from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.errors import UserError
-from gemma_jax.experiment import TeacherRun
+from gemma_jax.experiment import Experiment, TeacherRun, run
 from gemma_jax.files import write_json
 from gemma_jax.generation.decode import generate
 from gemma_jax.generation.sampling import Sampling
@@ -22,6 +22,16 @@ from gemma_jax.sweep import Sweep, run_sweep
 FILE = Path(__file__).parent.parent / "experiments" / "quickstart.py"
 _PROMPTS = ("def ", "import ", "The ", "class ", "    return ")
 _SAMPLE_TOKENS = 48
+
+
+def default_file() -> Path:
+    """The quickstart's experiment file, which lies beside the package in a checkout."""
+    if not FILE.exists():
+        raise UserError(
+            "the quickstart is experiments/quickstart.py of a checkout, and this installation has "
+            "none; clone the repository and run ./launch.sh quickstart, or give the file's path."
+        )
+    return FILE
 
 
 def quickstart(sweep: Sweep) -> dict[str, Any]:
@@ -39,6 +49,8 @@ def quickstart(sweep: Sweep) -> dict[str, Any]:
         "distilled": sweep.experiment("distilled", seed).folder,
     }
     run_sweep(sweep)
+    if isinstance(job.teacher, Experiment):
+        run(job.teacher)  # finished shards do without it, the verdict does not
     results = {name: read_result(folder) or {} for name, folder in folders.items()}
     shards = TeacherShards.open(job.path).manifest
     tokens = shards["num_tokens"]
@@ -97,7 +109,7 @@ def report(summary: dict[str, Any]) -> str:
     lines += [
         f"distilled is {abs(won):.4f} bits/byte {verdict} than scratch, same tokens and steps",
         "",
-        f"training speed   {summary['tokens_per_s']:,.0f} tokens/s (student)",
+        f"training speed   {summary['tokens_per_s'] or 0:,.0f} tokens/s (student)",
         f"teacher shards   {summary['shard_bytes_per_token']:.1f} bytes a token, "
         f"{summary['unique_ids_per_token']:.1f} unique ids a token",
         f"wall clock       {summary['wall_s']:.0f} s",

@@ -100,17 +100,21 @@ def _let_go(folder: Path) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def check_claim(folder: Path, experiment: dict[str, Any]) -> None:
+def check_claim(folder: Path, experiment: Any) -> None:
     """Refuses a run folder that holds another experiment; writes nothing."""
     claim = _claim_of(folder)
     if claim is None:
         return
-    for name, here, there in differences(experiment, claim["experiment"]):
-        if not _is_free(name):
-            raise UserError(
-                f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
-                "the experiment another name, or remove the folder."
-            )
+    for name, here, there in conflicts(experiment, claim["experiment"]):
+        raise UserError(
+            f"{folder} holds a run with {name}={there!r}, and this one has {here!r}; give "
+            "the experiment another name, or remove the folder."
+        )
+
+
+def conflicts(settings: Any, saved: Any) -> list[tuple[str, Any, Any]]:
+    """(path, here, there) where settings differ from saved ones in what they compute."""
+    return [found for found in differences(settings, saved) if not _is_free(found[0])]
 
 
 def _claim_of(folder: Path) -> dict[str, Any] | None:
@@ -118,12 +122,12 @@ def _claim_of(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     claim = read_json(path, "the settings of a run")
-    if not isinstance(claim, dict) or not isinstance(claim.get("experiment"), dict):
-        raise UserError(f"{path} is not the settings of a run; copy it again.")
+    if missing := {"experiment", "commit", "versions"} - claim.keys():
+        raise UserError(f"{path} does not say {min(missing)}; copy it again, or remove the folder.")
     return claim
 
 
-def claim(folder: Path, experiment: dict[str, Any]) -> None:
+def claim(folder: Path, experiment: Any) -> None:
     """Takes a run folder for an experiment, or refuses one that holds another.
 
     The commit and the versions of the first start stay; those of a later start that differ are
@@ -137,7 +141,7 @@ def claim(folder: Path, experiment: dict[str, Any]) -> None:
     now = {"commit": _commit(), "versions": versions}
     saved = _claim_of(folder)
     if saved is None:
-        write_json(folder / EXPERIMENT, {"experiment": experiment, **now})
+        write_json(folder / EXPERIMENT, {"experiment": to_json(experiment), **now})
         return
     later = saved.get("resumed_with", [])
     known = [(start["commit"], start["versions"]) for start in (saved, *later)]
@@ -147,7 +151,7 @@ def claim(folder: Path, experiment: dict[str, Any]) -> None:
 
 def _is_free(path: str) -> bool:
     """Whether a setting, the run's own or that of a teacher inside it, may differ."""
-    own = path.rpartition("objective.shards.teacher.")[2]
+    own = path.rpartition("teacher.")[2]
     return own.startswith(_FREE) and not own.startswith(_BOUND)
 
 
@@ -243,8 +247,6 @@ def trained_seq_len(folder: str | Path) -> int:
 
 def read_config(path: Path) -> ModelConfig:
     values = read_json(path, "the settings of a model")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not the settings of a model; copy it again.")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     values.pop("type", None)
     if unknown := sorted(values.keys() - known):

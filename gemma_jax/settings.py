@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -58,16 +59,30 @@ def _override(
 
 
 def _fields(settings: Any) -> dict[str, Any]:
-    if not dataclasses.is_dataclass(settings):
-        return {}
-    hints = typing.get_type_hints(type(settings))
-    return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
+    kind: Any = type(settings)
+    return _hints(kind) if dataclasses.is_dataclass(settings) else {}
 
 
-def checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def checked_fields(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` for the fields of a settings class, each of its annotated type."""
+    return {name: _checked(value, _hints(kind)[name], name) for name, value in values.items()}
+
+
+def check_types(settings: Any) -> None:
+    """For the `__post_init__` of a settings class: refuses a field that is not of its annotated
+    type, and makes floats of whole numbers and tuples of lists where those are wanted."""
+    kind: Any = type(settings)
+    for name, wanted in _hints(kind).items():
+        value = getattr(settings, name)
+        found = _checked(value, wanted, f"{kind.__name__}.{name}")
+        if found is not value:
+            object.__setattr__(settings, name, found)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    return {name: _checked(value, hints[name], name) for name, value in values.items()}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _checked(value: Any, wanted: Any, path: str) -> Any:
@@ -96,7 +111,7 @@ def _classes(wanted: Any) -> list[type]:
 def _example(path: str, kind: type, name: str | None = None) -> str | None:
     """How a setting is made of a class on the command line, quoted for the shell: with the field
     `name`, or what the class needs, or its first field; None where that is no short text."""
-    fields = _defaults(kind)
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}
     shown = [name] if name else list(_needed(kind)) or list(fields)[:1]
     hints = typing.get_type_hints(kind)
     texts = []
@@ -106,11 +121,6 @@ def _example(path: str, kind: type, name: str | None = None) -> str | None:
             return None
         texts.append(f"{field}={json.dumps(value) if isinstance(value, str) else repr(value)}")
     return f"'{path}={kind.__name__}({', '.join(texts)})'"
-
-
-def _defaults(kind: Any) -> dict[str, Any]:
-    """The default of each field of a settings class, MISSING where there is none."""
-    return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
 def _needed(kind: Any) -> list[str]:
@@ -174,15 +184,23 @@ def parse_value(text: str, known: Mapping[str, type]) -> Any:
         node = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):
         return text
-    if isinstance(node, ast.Call):
+    if isinstance(node, (ast.Call, ast.Tuple, ast.List, ast.Dict)) and any(
+        isinstance(inner, ast.Call) for inner in ast.walk(node)
+    ):
         return _construct(node, text, known)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: what is no key of a dict
         return text
 
 
 def _construct(node: ast.expr, text: str, known: Mapping[str, type]) -> Any:
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_construct(inner, text, known) for inner in node.elts)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        keys = [ast.literal_eval(key) for key in node.keys if key is not None]
+        inside = [_construct(inner, text, known) for inner in node.values]
+        return dict(zip(keys, inside, strict=True))
     if not isinstance(node, ast.Call):
         try:
             return ast.literal_eval(node)
@@ -195,17 +213,23 @@ def _construct(node: ast.expr, text: str, known: Mapping[str, type]) -> Any:
             f"'{text}' must name one of {', '.join(sorted(known))}, with settings as name=value."
         )
     kind = known[name]
-    hints = typing.get_type_hints(kind)
-    values = {str(k.arg): _construct(k.value, text, known) for k in node.keywords}
-    for field, value in values.items():
-        if field not in hints:
-            raise UserError(
-                f"'{text}' sets '{field}', which {name} does not have; it has: {', '.join(hints)}."
-            )
-        values[field] = _checked(value, hints[field], f"{name}.{field}")
-    if missing := [field for field in _needed(kind) if field not in values]:
-        raise UserError(f"'{text}' must say {missing[0]}, as in {name}({missing[0]}=...).")
-    return kind(**values)
+    hints = _hints(kind)
+    try:
+        values = {str(k.arg): _construct(k.value, text, known) for k in node.keywords}
+        for field, value in values.items():
+            if field not in hints:
+                raise UserError(
+                    f"'{text}' sets '{field}', which {name} does not have; it has: "
+                    f"{', '.join(hints)}."
+                )
+            values[field] = _checked(value, hints[field], f"{name}.{field}")
+        if missing := [field for field in _needed(kind) if field not in values]:
+            raise UserError(f"'{text}' must say {missing[0]}, as in {name}({missing[0]}=...).")
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"'{text}' cannot be made: {error}.") from None
 
 
 def to_json(settings: Any) -> Any:
@@ -221,11 +245,32 @@ def to_json(settings: Any) -> Any:
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(path, our value, their value) wherever two `to_json` trees differ."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
+    """(path, our value, their value) wherever settings differ from a `to_json` tree of others.
+
+    A field that is missing there has its default: the tree may be older than the field.
+    """
+    if dataclasses.is_dataclass(ours) and not isinstance(ours, type):
+        kind = type(ours)
+        if isinstance(theirs, dict) and theirs.get("type") == kind.__name__:
+            theirs = _defaults(kind) | theirs
+        names = [field.name for field in dataclasses.fields(ours)]
+        ours = {"type": kind.__name__, **{name: getattr(ours, name) for name in names}}
+    if isinstance(ours, Mapping) and isinstance(theirs, dict):
         found = []
         for key in sorted(ours.keys() | theirs.keys()):
             inner = f"{path}.{key}" if path else key
             found += differences(ours.get(key), theirs.get(key), inner)
         return found
+    ours = to_json(ours)
     return [] if ours == theirs else [(path, ours, theirs)]
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a settings class, as `to_json` writes them."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = to_json(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = to_json(field.default_factory())
+    return found

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.errors import UserError
+from gemma_jax.settings import check_types
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -59,6 +60,9 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     rules: Literal["dp", "fsdp", "fsdp_tp"] = "fsdp_tp"
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def shape(self, num_devices: int) -> tuple[int, int, int]:
         sizes = [self.data, self.fsdp, self.tensor]

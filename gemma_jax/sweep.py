@@ -24,6 +24,7 @@ from gemma_jax.training.metrics import read_metrics
 
 type Row = dict[str, Any]
 type Finished = tuple[str, Experiment, dict[str, Any]]
+_MAX_NAME = 200  # bytes; most file systems take 255 for a folder's name
 _COLUMNS = (
     *("point", "seed", "bits_per_byte", "loss", "accuracy", "tokens", "tokens_per_s", "wall_s"),
     *("parameters", "embedding_parameters", "kv_cache_bytes"),
@@ -47,6 +48,12 @@ class Sweep:
             raise UserError("a sweep needs at least one point and one seed.")
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds={list(self.seeds)} name a seed twice.")
+        for point in self.points:
+            if len(point.encode()) > _MAX_NAME or Path(point).name != point:
+                raise UserError(
+                    f"the point '{point}' cannot name a folder; give it a short name without "
+                    "slashes, as points(BASE, NAME=...)."
+                )
         seen: dict[str, str] = {}
         for point in self.points:
             settings = str(to_json(dataclasses.replace(self.experiment(point, 0), name="any")))
@@ -78,12 +85,30 @@ def grid(
     base: Experiment, axes: Mapping[str, Sequence[Any]], *, seeds: Sequence[int] = (0,)
 ) -> Sweep:
     """Every combination: `grid(BASE, {"model.sliding_window": [128, 256], "seq_len": [512]})`."""
-    named = {}
-    for values in itertools.product(*axes.values()):
-        changes = dict(zip(axes, values, strict=True))
-        parts = (f"{path.rsplit('.', 1)[-1]}={value}" for path, value in changes.items())
-        named[",".join(parts).replace("/", "_")] = changes
+    named: dict[str, Mapping[str, Any]] = {}
+    for choice in itertools.product(*(enumerate(values) for values in axes.values())):
+        changes = {path: value for path, (_, value) in zip(axes, choice, strict=True)}
+        parts = [
+            f"{path.rsplit('.', 1)[-1]}={_spelled(value, place, axes[path])}"
+            for path, (place, value) in zip(axes, choice, strict=True)
+        ]
+        name = ",".join(parts).replace("/", "_")
+        if name in named:
+            raise UserError(
+                f"two points of the grid would both be called '{name}'; name them with points(...)."
+            )
+        named[name] = changes
     return Sweep(base, named, seeds)
+
+
+def _spelled(value: Any, place: int, values: Sequence[Any]) -> str:
+    """A value in the name of a point, which is a folder: settings by their class, with their place
+    among the values where others are of the same class."""
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    name = type(value).__name__
+    alone = sum(type(other) is type(value) for other in values) == 1
+    return name if alone else f"{name}{place}"
 
 
 def run_sweep(sweep: Sweep) -> list[Row]:
@@ -117,14 +142,26 @@ def finished_runs(sweep: Sweep) -> list[Finished]:
 
 def teacher_rows(sweep: Sweep) -> list[Row]:
     """A row for each teacher that the sweep has trained."""
-    teachers = {}
+    rows = {}
     for point in sweep.points:
-        objective = sweep.experiment(point, sweep.seeds[0]).objective
-        if isinstance(objective, Distill) and isinstance(objective.shards, TeacherRun):
-            teacher = objective.shards.teacher
-            if isinstance(teacher, Experiment) and (result := finished_result(teacher)):
-                teachers[teacher.name] = _row(teacher, result, Path(teacher.name).name)
-    return list(teachers.values())
+        teacher = _teacher(sweep.experiment(point, sweep.seeds[0]))
+        if teacher is not None and (result := finished_result(teacher)) is not None:
+            path = Path(teacher.name)
+            inside = path.is_relative_to(sweep.base.name)
+            name = str(path.relative_to(sweep.base.name)) if inside else teacher.name
+            # A point of that name is a row of its own.
+            name = teacher.name if name in sweep.points else name
+            rows[teacher.name] = _row(teacher, result, name)
+    return list(rows.values())
+
+
+def _teacher(experiment: Experiment) -> Experiment | None:
+    """The teacher that an experiment describes."""
+    objective = experiment.objective
+    if isinstance(objective, Distill) and isinstance(objective.shards, TeacherRun):
+        teacher = objective.shards.teacher
+        return teacher if isinstance(teacher, Experiment) else None
+    return None
 
 
 def _row(experiment: Experiment, result: Mapping[str, Any], point: str) -> Row:
@@ -216,7 +253,7 @@ def _plot(sweep: Sweep, finished: list[Finished]) -> bytes:
         value = row["bits_per_byte"]
         axes.axhline(value, color="0.4", linestyle="--", label=f"{row['point']}: {value:.3f}")
         low = min(low, value)
-    if math.isfinite(low):
+    if math.isfinite(high):
         margin = 0.05 * max(high - low, 0.01)
         axes.set_ylim(low - margin, high + margin)
         axes.legend(frameon=False)

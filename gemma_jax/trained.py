@@ -4,16 +4,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from gemma_jax import runs
+from gemma_jax.data.mixture import check_same_tokenizer
 from gemma_jax.data.packing import packed_sequences
-from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
-from gemma_jax.distill.shards import TeacherShards
+from gemma_jax.distill.shard_writer import check_begun
+from gemma_jax.distill.shards import JOB, TeacherShards, is_complete
 from gemma_jax.distill.teacher import Teacher, TeacherJob, write_teacher_shards
 from gemma_jax.distill.verify import verify_teacher_shards
 from gemma_jax.errors import UserError
 from gemma_jax.eval.perplexity import make_evaluation
+from gemma_jax.files import read_json, write_json
+from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout, MeshConfig, make_layout
+
+LESSON = "teacher.json"  # beside the shards of an experiment: the settings of their teacher
 
 
 def evaluate(
@@ -52,6 +59,7 @@ def evaluate(
                 tokenizer=str(model_file),
                 text_field=text_field,
                 valid_fraction=0.0,
+                drop_duplicates=False,
             )
             tokens = build_tokens(corpus)
         measure = make_evaluation(
@@ -77,6 +85,7 @@ def write_shards(
 
     Returns the manifest of the shards. All of the split is read when `num_sequences` is None.
     """
+    check_one_process(job)
     layout = make_layout(MeshConfig())
     loaded = runs.load_model(folder, layout=layout)
     check_same_tokenizer(tokens, loaded.tokenizer, f"the teacher {folder}")
@@ -90,19 +99,72 @@ def write_shards(
             f"batch_size={job.batch_size} of the teacher does not divide by the "
             f"{layout.batch_size_multiple} devices; choose a multiple."
         )
-    if num_sequences is not None:
-        _at_least_one("num_sequences", num_sequences)
+    count = count_sequences(tokens, seq_len, num_sequences)
     sequences = packed_sequences(tokens, "train", seq_len, job.seed)
     with layout.active():
         return write_teacher_shards(
             _teacher(job, loaded, layout),
             sequences,
-            num_sequences=len(sequences) if num_sequences is None else num_sequences,
+            num_sequences=count,
             seq_len=seq_len,
             vocab_size=loaded.tokenizer.vocab_size,
             teacher_hash=runs.params_hash(loaded.params),
             tokenizer_hash=loaded.tokenizer.hash,
         )
+
+
+def check_one_process(job: TeacherJob) -> None:
+    if jax.process_count() > 1:
+        raise UserError(
+            f"the shards at {job.path} are not finished, and {jax.process_count()} processes "
+            "cannot write them; start one process alone first."
+        )
+
+
+def count_sequences(tokens: TokenSet, seq_len: int, wanted: int | None) -> int:
+    """How many sequences a teacher reads: `wanted`, or all; refuses more than there are."""
+    there = len(packed_sequences(tokens, "train", seq_len))
+    if wanted is None:
+        return there
+    _at_least_one("num_sequences", wanted)
+    if wanted > there:
+        raise UserError(
+            f"num_sequences={wanted} is over the {there} sequences of {tokens.path} with "
+            f"seq_len={seq_len}; ask for that many at most."
+        )
+    return wanted
+
+
+def find_shards(
+    job: TeacherJob, lesson: Any, *, seq_len: int, num_sequences: int | None = None
+) -> TeacherShards | None:
+    """The finished shards of a job, None where there is still some to write.
+
+    `lesson` describes the teacher, as `note_lesson` left it with the shards, so that finished ones
+    need their teacher no more. Refuses a folder that was begun for another job or teacher.
+    """
+    path = Path(job.path)
+    names = ("draws", "method", "seed", "records_per_shard")
+    wanted = {name: getattr(job, name) for name in names} | {"seq_len": seq_len}
+    if num_sequences is not None:
+        wanted["num_records"] = num_sequences
+    if not check_begun(path, wanted) or not (path / LESSON).exists():
+        return None
+    saved = read_json(path / LESSON, "the teacher of a folder of shards")
+    for name, here, there in runs.conflicts({"teacher": lesson}, saved):
+        if name == "teacher.name":  # where it lies is nothing that the targets depend on
+            continue
+        raise UserError(
+            f"{path} holds the targets of a teacher with {name}={there!r}, and this one has "
+            f"{here!r}; choose another path, or remove the folder."
+        )
+    return TeacherShards.open(path) if is_complete(path) else None
+
+
+def note_lesson(job: TeacherJob, lesson: Any) -> None:
+    """Leaves with the shards who teaches, before they are begun."""
+    if not (Path(job.path) / JOB).exists():
+        write_json(Path(job.path) / LESSON, {"teacher": to_json(lesson)})
 
 
 def verify_shards(
@@ -126,16 +188,11 @@ def verify_shards(
     )
     with layout.active():
         teacher = _teacher(job, loaded, layout)
-        return verify_teacher_shards(path, recompute=teacher, sample=sample)
-
-
-def check_same_tokenizer(tokens: TokenSet, tokenizer: Tokenizer, owner: str) -> None:
-    if tokens.tokenizer.hash != tokenizer.hash:
-        raise UserError(
-            f"the token set {tokens.path} was made with another tokenizer "
-            f"({tokens.tokenizer.hash[:12]}) than {owner} ({tokenizer.hash[:12]}); build it anew "
-            "with that tokenizer's model file."
-        )
+        # A teacher in half precision rounds its probabilities in another way on another device or
+        # at another batch size, which moves draws among its rare ids.
+        exact = loaded.model.config.compute_dtype == "float32"
+        tolerated = 0.01 if exact else 0.5
+        return verify_teacher_shards(path, recompute=teacher, sample=sample, tolerated=tolerated)
 
 
 def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teacher:

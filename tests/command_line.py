@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gemma_jax
 
@@ -47,6 +48,22 @@ def write_inputs(folder: Path) -> None:
 
 def cut(data: bytes) -> bytes:
     return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
+
+
+def edited(**changes: Any) -> Any:
+    return lambda data: json.dumps(json.loads(data) | changes).encode()
+
+
+def without(name: str) -> Any:
+    def harm(data: bytes) -> bytes:
+        return json.dumps({k: x for k, x in json.loads(data).items() if k != name}).encode()
+
+    return harm
 
 
 def command(*argv: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import BUILD, EXPERIMENT, cut, write_inputs
+from command_line import BUILD, EXPERIMENT, cut, edited, flipped, without, write_inputs
 
 from gemma_jax import arguments, cli, report
 
@@ -269,15 +269,6 @@ def test_a_mistake_is_one_sentence(line: str, capsys: pytest.CaptureFixture[str]
     assert MISTAKES[line] in refused(line.split(" "), capsys)
 
 
-def flipped(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
-
-
-def edited(**changes: Any) -> Any:
-    return lambda data: json.dumps(json.loads(data) | changes).encode()
-
-
 DAMAGE = {
     "shard-cut": ("shards/*.arrayrecord", cut, "teacher verify shards", "manifest says"),
     "shard-flipped": ("shards/*.arrayrecord", flipped, "teacher verify shards", "is damaged"),
@@ -291,6 +282,24 @@ DAMAGE = {
     "model-type": ("runs/tiny/model.json", edited(num_layers="x"), GENERATE, "model.json"),
     "model-none": ("runs/tiny/model.json", edited(num_layers=None), GENERATE, "num_layers"),
     "model-other": ("runs/tiny/model.json", edited(embed_dim=32), GENERATE, "another model"),
+    "shards-fieldless": (
+        *("shards/manifest.json", without("shards"), "teacher verify shards"),
+        "does not say shards",
+    ),
+    "tokens-fieldless": (
+        *("tokens/manifest.json", without("splits"), "eval runs/tiny --data tokens"),
+        "does not say splits",
+    ),
+    "experiment-none": (
+        *("runs/tiny/experiment.json", lambda _: b"{}"),
+        *("train exp.py", "does not say commit"),
+    ),
+    "experiment-list": (
+        "runs/tiny/experiment.json",
+        lambda _: b"[]",
+        "train exp.py",
+        "no JSON object",
+    ),
     "experiment": (
         *("runs/tiny/experiment.json", lambda _: b"{}"),
         *("eval runs/tiny --data tokens", "experiment.json"),
@@ -308,6 +317,25 @@ def test_damage_is_one_sentence(
     for path in files:
         path.write_bytes(harm(path.read_bytes()))
     assert words in refused(line.split(), capsys)
+
+
+def test_text_that_comes_twice_is_scored_twice(sandbox: Path) -> None:
+    text = Path("good.jsonl").read_text().splitlines(keepends=True)[0]
+    Path("once.jsonl").write_text(text)
+    Path("twice.jsonl").write_text(text * 2)
+    once, twice = (printed(f"eval runs/tiny --source {n}.jsonl --json") for n in ("once", "twice"))
+    assert twice["bytes"] == 2 * once["bytes"]
+
+
+@pytest.mark.parametrize("name", ["runs/tiny/model.json", "runs/tiny/tokenizer.model"])
+def test_a_file_that_cannot_be_read_is_not_called_unwritable(
+    name: str, sandbox: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).unlink()
+    Path(name).mkdir()
+    said = refused(GENERATE.split(), capsys)
+    assert name in said
+    assert "write" not in said
 
 
 def test_missing_weights_and_manifest(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:

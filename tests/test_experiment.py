@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from gemma_jax import experiment, runs
+from gemma_jax.data.mixture import open_tokens
 from gemma_jax.data.packing import packed_sequences
 from gemma_jax.data.tokenizer import TokenizerConfig
 from gemma_jax.data.tokens import Corpus
 from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import Interrupted, UserError
 from gemma_jax.eval.perplexity import make_evaluation
-from gemma_jax.experiment import Experiment, TeacherRun, open_tokens, run
+from gemma_jax.experiment import Experiment, TeacherRun, prepare_shards, run
 from gemma_jax.experiment_file import load_file
 from gemma_jax.files import locked
 from gemma_jax.model.config import tiny
@@ -171,6 +172,59 @@ def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):
     with runs.held(tmp_path) as seconds:
         assert seconds() == 105.0
         runs.write_result(tmp_path, {})
+
+
+def test_finished_shards_need_their_teacher_no_more(base, result):
+    student = dataclasses.replace(base, name="late", objective=shards_of(base))
+    prepare_shards(student.objective.shards)
+    aside = base.folder.rename("runs/aside")
+    try:
+        assert "kl" in run(student)["metrics"]
+        by_name = shards_of(str(base.folder), data=base.data, seq_len=base.seq_len)
+        with pytest.raises(UserError, match="targets of a teacher with teacher="):
+            run(dataclasses.replace(student, name="other", objective=by_name))
+        assert not base.folder.exists()
+    finally:
+        aside.rename(base.folder)
+
+
+@pytest.mark.parametrize(
+    ("seed", "changes", "message"),
+    [
+        (0, {"draws": 9}, "draws = 8, not 9"),
+        (0, {"num_sequences": 17}, "num_records = 16, not 17"),
+        (1, {}, r"teacher\.seed=0, and this one has 1"),
+        (0, {"path": "shards2", "num_sequences": 10**6}, "num_sequences=1000000 is over the"),
+        (
+            0,
+            {"path": "shards2", "data": "data2"},
+            "another tokenizer .* than the data of the student",
+        ),
+    ],
+)
+def test_a_lesson_that_cannot_be_is_refused_before_its_teacher_is_trained(
+    base, result, seed, changes, message
+):
+    prepare_shards(shards_of(base).shards)
+    other = {"path": "data2", "sources": ("part00.txt", "part19.txt")}
+    open_tokens(dataclasses.replace(base.data, **other))
+    teacher = dataclasses.replace(base, name="untrained", seed=seed)
+    shards = dataclasses.replace(shards_of(teacher).shards, **changes)
+    student = dataclasses.replace(base, name="refused", objective=Distill(shards=shards))
+    with pytest.raises(UserError, match=message):
+        run(student)
+    assert not teacher.folder.exists()
+
+
+def test_several_processes_do_not_write_shards(base, result, monkeypatch):
+    prepare_shards(shards_of(base).shards)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert len(prepare_shards(shards_of(base).shards)) == 16  # nothing is left to write
+    teacher = dataclasses.replace(base, name="untrained")
+    unwritten = dataclasses.replace(shards_of(teacher).shards, path="unwritten")
+    with pytest.raises(UserError, match="2 processes cannot write them"):
+        prepare_shards(unwritten)
+    assert not teacher.folder.exists()
 
 
 def test_bits_per_byte_by_hand(base, result):

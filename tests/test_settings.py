@@ -4,10 +4,15 @@ import dataclasses
 
 import pytest
 
+from gemma_jax.data.mixture import Stage
+from gemma_jax.data.tokens import Corpus
 from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
+from gemma_jax.experiment import SETTINGS, Experiment, TeacherRun
 from gemma_jax.model.config import tiny
 from gemma_jax.settings import differences, override, parse_assignments, to_json
+from gemma_jax.sharding import MeshConfig
+from gemma_jax.training.loop import LoopConfig
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon
 
@@ -84,7 +89,55 @@ def test_command_line_values():
         parse_assignments(["a=Distill(shards=sh/t1)"], {"Distill": Distill})
 
 
+def test_settings_inside_of_dicts_and_tuples():
+    text = "x=Mixture(sources={'a': Corpus(path='p', sources=('s',)), 'b': 'q'}, "
+    text += "stages=[Stage(until=1, weights={'a': 1})])"
+    (mixture,) = parse_assignments([text], SETTINGS).values()
+    assert mixture.sources["a"] == Corpus(path="p", sources=("s",))
+    assert mixture.stages == (Stage(until=1.0, weights={"a": 1}),)
+    assert parse_assignments(["x={[]: 1}"], SETTINGS) == {"x": "{[]: 1}"}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AdamW(learning_rate="1e-3"), r"AdamW\.learning_rate='1e-3' .* must be float"),
+        (lambda: AdamW(b2=1), r"AdamW\.b2=1\.0 must be at least 0 and below 1"),
+        (lambda: Muon(momentum=-0.1), r"momentum=-0\.1"),
+        (lambda: AdamW(weight_decay=-1), r"weight_decay=-1\.0"),
+        (lambda: Cosine(final="x"), r"Cosine\.final='x'"),
+        (lambda: Xent(z_loss=-1), r"z_loss=-1\.0"),
+        (lambda: LoopConfig(log_every="5"), r"LoopConfig\.log_every='5' .* must be int"),
+        (lambda: Corpus(path="p", sources=("s",), valid_fraction="1"), "valid_fraction='1'"),
+        (lambda: Stage(until="1", weights={}), r"Stage\.until='1'"),
+        (lambda: Distill(shards=3), r"Distill\.shards=3 .* str or TeacherJob"),
+        (lambda: TeacherRun(path="p", teacher="t", draws="8"), r"TeacherRun\.draws='8'"),
+        (lambda: MeshConfig(data="2"), r"MeshConfig\.data='2'"),
+        (
+            lambda: Experiment(
+                name="a", model=tiny(), data="d", tokens="1e6", batch_tokens=256, seq_len=32
+            ),
+            r"Experiment\.tokens='1e6' is of the wrong type; it must be int",
+        ),
+    ],
+)
+def test_each_settings_class_checks_its_own(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
 def test_differences_name_the_path():
     ours, theirs = to_json(Page()), to_json(override(Page(), {"model.num_layers": 2}))
     assert differences(ours, theirs) == [("model.num_layers", 4, 2)]
     assert differences(ours, ours) == []
+
+
+def test_a_setting_that_is_newer_than_a_run_has_its_default_there():
+    """Everything but the choice of an optimizer and its rate is left out of what was saved."""
+    saved = to_json(Page())
+    saved["optimizer"] = {"type": "AdamW", "learning_rate": 1e-3}
+    del saved["model"]
+    assert differences(Page(), saved) == []
+    changed = override(Page(), {"optimizer.b1": 0.5, "model.num_layers": 2})
+    assert differences(changed, saved) == [("model.num_layers", 2, 4), ("optimizer.b1", 0.5, 0.9)]
+    assert ("optimizer.type", "Muon", "AdamW") in differences(Page(optimizer=Muon()), saved)

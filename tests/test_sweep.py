@@ -1,6 +1,7 @@
 """Sweeps: what is refused, what is written, and the arithmetic of the table."""
 
 import csv
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import pytest
 from matplotlib.axes import Axes
 
 from gemma_jax import sweep as sweeps
+from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
-from gemma_jax.experiment import Experiment
+from gemma_jax.experiment import Experiment, TeacherRun
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.runs import claim, write_result
 from gemma_jax.settings import to_json
 from gemma_jax.sweep import Row, grid, markdown, points, run_sweep
+from gemma_jax.training.objective import Xent
 
 
 @pytest.fixture
@@ -61,6 +64,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+RESULT = {"bits_per_byte": 1.0, "loss": 2.0, "accuracy": 0.5, "tokens": 32, "wall_s": 1.0}
+
+
 def row(point: str, seed: int, bits: float, rate: float | None = 100.0) -> Row:
     return {
         "point": point,
@@ -105,6 +111,30 @@ def test_a_point_with_an_unknown_setting_is_refused(base: Experiment) -> None:
 def test_no_seed_or_one_twice_is_refused(base: Experiment, seeds: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match="seed"):
         points(base, seeds=seeds, a={})
+
+
+def test_the_names_of_a_grid_are_short_and_none_comes_twice(base: Experiment) -> None:
+    shards = TeacherRun(path="shards", teacher=base)
+    taught = [Distill(shards=shards), Distill(shards=shards, hard_weight=0.5), Xent()]
+    sweep = grid(base, {"objective": taught, "train.ema_decay": [None, 0.9]})
+    assert list(sweep.points)[1] == "objective=Distill0,ema_decay=0.9"
+    assert list(sweep.points)[4] == "objective=Xent,ema_decay=None"
+    with pytest.raises(UserError, match="both be called 'data=a_b'"):
+        grid(base, {"data": ["a/b", "a_b"]})
+    with pytest.raises(UserError, match="cannot name a folder"):
+        grid(base, {"data": ["a" * 300]})
+
+
+def test_teachers_are_rows_of_their_own(base: Experiment, ran: list[str]) -> None:
+    """One called like a point, and two of the same last name."""
+    changes = {}
+    for point, name in {"a": "base/a", "b": "base/teacher", "c": "x/teacher"}.items():
+        teacher = dataclasses.replace(base, name=name)
+        claim(teacher.folder, teacher)
+        write_result(teacher.folder, RESULT)
+        changes[point] = {"objective": Distill(shards=TeacherRun(path=point, teacher=teacher))}
+    rows = run_sweep(points(base, **changes))
+    assert [row["point"] for row in rows] == ["a", "b", "c", "base/a", "teacher", "x/teacher"]
 
 
 def test_every_point_runs_with_every_seed(base: Experiment, ran: list[str]) -> None:

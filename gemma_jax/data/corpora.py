@@ -2,7 +2,8 @@
 
 A source is a string:
   `stdlib`                     the standard library of the running Python: sources and reference
-  `hf:NAME[:CONFIG][:SPLIT]`   a Hugging Face dataset, by name or a folder of `save_to_disk`
+  `hf:NAME[:CONFIG][:SPLIT]`   a Hugging Face dataset, by name or its folder: a copy of its
+                               repository, or what `save_to_disk` wrote
   `some/file.jsonl.xz`         JSON lines, one document a line (`.jsonl`, `.json`, `.ndjson`)
   `some/file.parquet`          one document a row
   `some/file.md`               any other file: UTF-8 text, one document a file
@@ -15,7 +16,7 @@ break before and goes on as another one, so that memory is bounded whatever the 
 import glob
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,10 @@ from typing import Any, NamedTuple
 from gemma_jax import files
 from gemma_jax.data import readers
 from gemma_jax.errors import UserError
+from gemma_jax.progress import progress
 
+_BAR_CHARS = 1 << 18  # of text, between two moves of a bar
+_PACKED = 3  # characters that a byte of a packed file gives, about: for the bar alone
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _TEXT_SUFFIXES = frozenset(
     f".{suffix}"
@@ -69,6 +73,16 @@ class Part:
             return readers.parquet_texts(self.name, text_field)
         return readers.json_texts(self.name, text_field)
 
+    def size(self) -> int:
+        """Bytes of the file; 1 where it is none."""
+        if self.kind in ("stdlib", "hf"):
+            return 1
+        with readers.reading(self.name):
+            return Path(self.name).stat().st_size
+
+    def is_packed(self) -> bool:
+        return self.kind == "parquet" or Path(self.name).suffix.lower() in readers.OPENERS
+
     def identity(self) -> dict[str, Any]:
         """What the manifest keeps of it, to tell later whether it is still the same."""
         if self.kind == "stdlib":
@@ -99,8 +113,10 @@ class Part:
 
     def is_still(self, identity: dict[str, Any]) -> bool:
         """Whether it is what `identity` was taken from; reads it only where the time differs."""
-        if self.kind == "hf":  # asking the hub each time would need a network
-            return True
+        if self.kind == "hf" and not Path(self.name.split(":")[1]).is_dir():
+            return True  # asking the hub each time would need a network
+        if self.kind == "hf":
+            return self.identity() == identity
         if self.kind == "stdlib":
             return self.identity() == identity
         with readers.reading(self.name):
@@ -129,11 +145,29 @@ class Document(NamedTuple):
     part: str
 
 
-def iter_documents(sources: tuple[str, ...], text_field: str = "text") -> Iterator[Document]:
+def iter_documents(
+    sources: tuple[str, ...], text_field: str = "text", *, show_progress: bool = False
+) -> Iterator[Document]:
     """All documents of `sources` in their fixed order, read as they are asked for."""
-    for part in find_parts(sources):
-        for text in part.documents(text_field):
-            yield Document(text, part.name)
+    return read_parts(find_parts(sources), text_field, show_progress=show_progress)
+
+
+def read_parts(
+    parts: Sequence[Part], text_field: str, *, show_progress: bool
+) -> Iterator[Document]:
+    """The documents of `parts`, with a bar over the bytes of the files where wanted."""
+    sizes = [part.size() for part in parts]
+    with progress("look through", sum(sizes), quiet=not show_progress) as advance:
+        for part, size in zip(parts, sizes, strict=True):
+            left, read = size, 0
+            for text in part.documents(text_field):
+                yield Document(text, part.name)
+                read += len(text)
+                if read >= _BAR_CHARS:
+                    step = min(read // (_PACKED if part.is_packed() else 1), left)
+                    left, read = left - step, 0
+                    advance(step, part.name)
+            advance(left, part.name)
 
 
 def _resolve(source: str) -> list[Part]:

@@ -6,11 +6,11 @@ number: it resumes exactly, on any number of hosts.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import grain
 import numpy as np
 
+from gemma_jax.data.mixture import Stage
 from gemma_jax.data.packing import Batch, PackedStream, check_seq_len
 from gemma_jax.data.token_set import TokenSet
 from gemma_jax.errors import UserError
@@ -18,20 +18,7 @@ from gemma_jax.errors import UserError
 _WEIGHT_BITS = 48
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A stretch of training with fixed weights.
-
-    Args:
-      until: share of all tokens at which it ends, in (0, 1]; the last stage ends at 1.
-      weights: name of a source to its share of the tokens; any positive numbers, normalised.
-    """
-
-    until: float
-    weights: Mapping[str, float]
-
-
-class Mixture:
+class Turns:
     """Tells for each sequence number of a run its source and its number within that source.
 
     Sources alternate as evenly as can be (Bresenham's line, one source split off after another):
@@ -87,9 +74,9 @@ class _Batches:
     """Batches by number, this host's rows of them: what Grain reads from."""
 
     def __init__(
-        self, streams: dict[str, PackedStream], mixture: Mixture, rows: range, size: int, count: int
+        self, streams: dict[str, PackedStream], turns: Turns, rows: range, size: int, count: int
     ):
-        self._streams, self._mixture = streams, mixture
+        self._streams, self._turns = streams, turns
         self._rows, self._size, self._count = rows, size, count
 
     def __len__(self) -> int:
@@ -98,7 +85,7 @@ class _Batches:
     def __getitem__(self, number: int) -> Batch:
         wanted: dict[str, tuple[list[int], list[int]]] = {}
         for place, row in enumerate(self._rows):
-            name, within = self._mixture.locate(int(number) * self._size + row)
+            name, within = self._turns.locate(int(number) * self._size + row)
             places, numbers = wanted.setdefault(name, ([], []))
             places.append(place)
             numbers.append(within)
@@ -144,6 +131,28 @@ def train_stream(
     """
     check_seq_len(seq_len)
     _check_stages(sources, stages)
+    rows = _own_rows(batch_size, num_batches, host_index, host_count)
+    used = [name for name in sources if any(name in stage.weights for stage in stages)]
+    streams = {
+        name: PackedStream(
+            sources[name].documents("train"), seq_len, _own_seed(seed, name), shuffle_sequences=True
+        )
+        for name in used
+    }
+    batches = _Batches(
+        streams,
+        Turns(stages, used, num_batches * batch_size),
+        rows,
+        batch_size,
+        num_batches,
+    )
+    return grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    )
+
+
+def _own_rows(batch_size: int, num_batches: int, host_index: int, host_count: int) -> range:
+    """The rows of each batch that a host reads."""
     if batch_size < 1 or num_batches < 1:
         raise UserError(
             f"batch_size {batch_size} and num_batches {num_batches} must both be 1 or more."
@@ -153,24 +162,8 @@ def train_stream(
             f"batch_size {batch_size} (sequences) does not divide over {host_count} hosts for host "
             f"{host_index}; make it a multiple of {host_count}."
         )
-    used = [name for name in sources if any(name in stage.weights for stage in stages)]
-    streams = {
-        name: PackedStream(
-            sources[name].documents("train"), seq_len, _own_seed(seed, name), shuffle_sequences=True
-        )
-        for name in used
-    }
     own = batch_size // host_count
-    batches = _Batches(
-        streams,
-        Mixture(stages, used, num_batches * batch_size),
-        range(host_index * own, (host_index + 1) * own),
-        batch_size,
-        num_batches,
-    )
-    return grain.MapDataset.source(batches).to_iter_dataset(
-        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    )
+    return range(host_index * own, (host_index + 1) * own)
 
 
 def _own_seed(seed: int, name: str) -> int:
@@ -205,10 +198,3 @@ def _check_stages(sources: Mapping[str, TokenSet], stages: Sequence[Stage]) -> N
                 )
     if before != 1:
         raise UserError(f"the last stage ends at {before}; set its `until` to 1.0.")
-    hashes = {name: token_set.tokenizer.hash for name, token_set in sources.items()}
-    if len(set(hashes.values())) > 1:
-        which = ", ".join(f"{name} {value[:8]}" for name, value in hashes.items())
-        raise UserError(
-            f"the sources were built with different tokenizers ({which}); build them with one, by "
-            "giving its path as Corpus.tokenizer."
-        )

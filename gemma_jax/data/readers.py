@@ -131,6 +131,11 @@ def json_texts(name: str, text_field: str) -> Iterator[str]:
                 raise UserError(
                     f"{place} is not JSON ({error.msg}, column {error.colno}); mend or remove it."
                 ) from None
+            except (ValueError, RecursionError):  # both bound what a line may ask for
+                raise UserError(
+                    f"{place} holds a number of thousands of digits, or is nested too deeply; "
+                    "mend or remove it."
+                ) from None
             text = row.get(text_field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -163,20 +168,29 @@ def hf_dataset(source: str) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f'{source} needs the package "datasets"; install it with `pip install gemma-jax[hf]`.'
+            f'{source} needs the package "datasets"; start with `GEMMA_JAX_EXTRA=cpu,hf '
+            "./launch.sh ...` (cuda or tpu for cpu where it is one)."
         ) from None
     name, *rest = source.removeprefix("hf:").split(":")
     if len(rest) > 2:
         raise UserError(f"{source} has too many parts; write hf:NAME[:CONFIG][:SPLIT].")
-    split = rest[-1] if rest else "train"
+    split, config = rest[-1] if rest else "train", rest[0] if len(rest) == 2 else None
     try:
         if not Path(name).is_dir():
-            return datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
-        loaded = datasets.load_from_disk(name)
+            return datasets.load_dataset(name, config, split=split)
+        try:
+            loaded = datasets.load_from_disk(name)
+        except FileNotFoundError:  # nothing that `save_to_disk` wrote: a copy of a repository
+            return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the package raises dozens of kinds, all of them about its input
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{source} cannot be loaded ({message}); check its name.") from error
     if not isinstance(loaded, datasets.DatasetDict):
+        if rest and str(loaded.split) != split:
+            raise UserError(
+                f'{source} asks for the split "{split}" of a folder that holds one dataset alone '
+                f"(split: {loaded.split}); write hf:{name}."
+            )
         return loaded
     if split not in loaded:
         raise UserError(f'{source} has no split "{split}" (it has: {", ".join(loaded)}).')

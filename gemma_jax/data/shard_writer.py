@@ -7,17 +7,15 @@ The note `group-00000.json` is written last and makes the group count as done.
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 
 from gemma_jax import files
+from gemma_jax.data.record_file import RecordWriter
 from gemma_jax.data.token_set import SPLITS, token_dtype
 from gemma_jax.data.tokenizer import BOS, EOS, Tokenizer
-from gemma_jax.errors import UserError
 from gemma_jax.progress import Advance
 
 _BATCH_BYTES = 4 << 20  # of text, tokenised at once
@@ -114,7 +112,7 @@ def _write_group(
             shards[split].add(ids, size)
         advance(sum(size for _, size, _ in batch))
 
-    with _shard_errors(folder):
+    try:
         for batch in _batches(documents):
             # The tokenizer works outside of Python's lock: read and write meanwhile.
             future = ahead.submit(tokenizer.encode_batch, [text for text, _, _ in batch], threads)
@@ -123,7 +121,10 @@ def _write_group(
             waiting = (batch, future)
         if waiting is not None:
             write(waiting[0], waiting[1].result())
-        note = {split: shard.close() for split, shard in shards.items()}
+        note = {split: shard.finish() for split, shard in shards.items()}
+    finally:
+        for shard in shards.values():
+            shard.close()
     files.write_json(folder / f"group-{number:05d}.json", note)
     return note
 
@@ -147,20 +148,23 @@ class _Shard:
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer):
         self._path = folder / f"{name}.arrayrecord"
         self._lengths_path = folder / f"{name}.lengths"
-        self._aside = self._path.with_name(self._path.name + files.PARTIAL_SUFFIX)
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._writer: Any = None
+        self._writer: RecordWriter | None = None
         self._lengths: list[int] = []
         self._bytes = 0
 
     def add(self, ids: list[int], size: int) -> None:
         if self._writer is None:
-            self._writer = array_record_module.ArrayRecordWriter(str(self._aside), _WRITER_OPTIONS)
+            self._writer = RecordWriter(self._path, _WRITER_OPTIONS)
         self._writer.write(np.array([BOS, *ids, EOS], self._dtype).tobytes())
         self._lengths.append(len(ids) + 2)
         self._bytes += size
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def finish(self) -> dict[str, Any]:
         counts = {
             "documents": len(self._lengths),
             "tokens": sum(self._lengths),
@@ -168,31 +172,12 @@ class _Shard:
         }
         if self._writer is None:
             return counts
-        self._writer.close()
-        with self._aside.open("rb") as file:
-            os.fsync(file.fileno())
-        sha256 = files.file_hash(self._aside)
         files.write_bytes(self._lengths_path, np.array(self._lengths, "<u4").tobytes())
-        self._aside.replace(self._path)
+        self._writer.finish()
         return {
             "file": self._path.name,
             "lengths_file": self._lengths_path.name,
             **counts,
             "size": self._path.stat().st_size,
-            "sha256": sha256,
+            "sha256": files.file_hash(self._path),
         }
-
-
-@contextmanager
-def _shard_errors(folder: Path) -> Iterator[None]:
-    """The shard writer reports a full disk as a RuntimeError; says it as files.disk_errors does."""
-    try:
-        with files.disk_errors(folder):
-            yield
-    except RuntimeError as error:
-        if "write" not in str(error).lower():
-            raise
-        raise UserError(
-            f"cannot write {folder}: the disk did not take all of it; free some space and run the "
-            "same command again, it goes on where it stopped."
-        ) from error

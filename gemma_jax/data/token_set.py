@@ -3,8 +3,6 @@
 The layout of the folder and of each record is in docs/formats.md.
 """
 
-import hashlib
-import json
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -124,12 +122,18 @@ class TokenSet:
                 "there); build it with `gemma-jax data build`."
             )
         manifest = files.read_json(path / MANIFEST_FILE, "the manifest of a token set")
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if manifest.get("format") != FORMAT:
             raise UserError(f"{path / MANIFEST_FILE} is not the manifest of a token set.")
-        if manifest["version"] != VERSION:
+        if manifest.get("version") != VERSION:
             raise UserError(
-                f"{path} is of token format {manifest['version']}, this version reads {VERSION}; "
-                "build it again."
+                f"{path} is of token format {manifest.get('version')}, this version reads "
+                f"{VERSION}; build it again."
+            )
+        fields = {"token_dtype", "tokenizer", "description", "sources", "splits"}
+        if missing := sorted(fields - manifest.keys()):
+            raise UserError(
+                f"{path / MANIFEST_FILE} does not say {missing[0]}; copy it again, or delete the "
+                "folder and build it again."
             )
         token_set = cls(path, manifest)
         if token_set.tokenizer.hash != manifest["tokenizer"]["sha256"]:
@@ -144,13 +148,6 @@ class TokenSet:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path / MODEL_FILE)
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 over the hashes of all shards and of the tokenizer, in hex."""
-        parts = [s["sha256"] for split in SPLITS for s in self.manifest["splits"][split]["shards"]]
-        parts.append(self.manifest["tokenizer"]["sha256"])
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def counts(self, split: str) -> dict[str, int]:
         """`documents`, `tokens` (with BOS and EOS) and `bytes` (UTF-8 of the text) of a split."""
@@ -172,17 +169,6 @@ class TokenSet:
                 "another valid_fraction."
             )
         return documents
-
-    def verify(self) -> None:
-        """Reads every shard and compares its hash with the manifest's.
-
-        Raises:
-          UserError: naming the first file that differs.
-        """
-        for split in SPLITS:
-            for shard in self.manifest["splits"][split]["shards"]:
-                if files.file_hash(self.path / shard["file"]) != shard["sha256"]:
-                    raise _damaged(self.path / shard["file"], "its SHA-256 differs")
 
     def _documents(self, split: str) -> Documents:
         cache = self.__dict__.setdefault("_opened", {})

@@ -127,6 +127,8 @@ class Tokenizer:
                 f"there is no tokenizer at {path}; give a SentencePiece model file or the folder "
                 "of a token set."
             ) from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); copy it again.") from None
 
     @property
     def vocab_size(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_jax import files
 from gemma_jax.data import shard_writer
-from gemma_jax.data.corpora import Part, find_parts
+from gemma_jax.data.corpora import Part, find_parts, read_parts
 from gemma_jax.data.token_set import (
     FORMAT,
     MANIFEST_FILE,
@@ -30,6 +30,7 @@ from gemma_jax.data.token_set import (
 from gemma_jax.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerConfig, train_tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.progress import progress
+from gemma_jax.settings import check_types
 
 __all__ = ["Corpus", "Documents", "TokenSet", "build_tokens"]
 
@@ -63,6 +64,7 @@ class Corpus:
     def __post_init__(self) -> None:
         if isinstance(self.sources, str):
             raise UserError(f'sources is one text; write ("{self.sources}",), with the comma.')
+        check_types(self)
         if not 0 <= self.valid_fraction < 1:
             raise UserError(
                 f"valid_fraction {self.valid_fraction} is not in [0, 1); 0.01 holds out 1 %."
@@ -147,12 +149,11 @@ def _surveyed(
     parts: list[Part], corpus: Corpus, survey: dict[str, int], hashes: array[int]
 ) -> Iterator[str]:
     """Passes documents on while it counts them and notes their hashes."""
-    with progress("look through", len(parts)) as advance:
-        for text, size, key in _unique(parts, corpus, survey, advance):
-            survey["documents"] += 1
-            survey["bytes"] += size
-            hashes.append(key)
-            yield text
+    for text, size, key in _unique(parts, corpus, survey, show_progress=True):
+        survey["documents"] += 1
+        survey["bytes"] += size
+        hashes.append(key)
+        yield text
     if not survey["documents"]:
         raise UserError(
             f"the corpus {', '.join(corpus.sources)} has no text: every document is empty; give "
@@ -169,23 +170,24 @@ def _split_documents(
 
 
 def _unique(
-    parts: list[Part], corpus: Corpus, survey: dict[str, int] | None = None, advance: Any = None
+    parts: list[Part],
+    corpus: Corpus,
+    survey: dict[str, int] | None = None,
+    *,
+    show_progress: bool = False,
 ) -> Iterator[tuple[str, int, int]]:
     """(text, UTF-8 bytes, 64-bit hash) of each document that is not the copy of an earlier one."""
     seen: set[int] = set()
-    for part in parts:
-        for text in part.documents(corpus.text_field):
-            data = text.encode()
-            key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-            if corpus.drop_duplicates:
-                if key in seen:
-                    if survey is not None:
-                        survey["duplicates"] += 1
-                    continue
-                seen.add(key)
-            yield text, len(data), key
-        if advance is not None:
-            advance(1, part.name)
+    for text, _ in read_parts(parts, corpus.text_field, show_progress=show_progress):
+        data = text.encode()
+        key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        if corpus.drop_duplicates:
+            if key in seen:
+                if survey is not None:
+                    survey["duplicates"] += 1
+                continue
+            seen.add(key)
+        yield text, len(data), key
 
 
 def _describe(corpus: Corpus) -> dict[str, Any]:

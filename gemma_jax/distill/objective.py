@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.errors import require_fractions, require_positive
 from gemma_jax.ops.vocab_loss import vocab_loss
+from gemma_jax.settings import check_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Distill:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_fractions(self, "hard_weight")
         require_positive(self, "z_loss", allow_zero=True)
 

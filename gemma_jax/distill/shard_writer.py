@@ -8,14 +8,13 @@ interruptions.
 
 import dataclasses
 import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from gemma_jax.data.record_file import RecordWriter
 from gemma_jax.distill.records import decode_record
 from gemma_jax.distill.shards import (
     FORMAT,
@@ -27,7 +26,7 @@ from gemma_jax.distill.shards import (
     Totals,
 )
 from gemma_jax.errors import UserError
-from gemma_jax.files import PARTIAL_SUFFIX, disk_errors, file_hash, read_json, write_json
+from gemma_jax.files import file_hash, read_json, write_json
 
 
 class ShardsWriter:
@@ -43,19 +42,8 @@ class ShardsWriter:
         self._shards: list[dict[str, Any]] = []
         self._totals = Totals()
         wanted = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(description)}
-        job_file = self.path / JOB
-        if not job_file.exists():
-            if any(self.path.glob("*.arrayrecord")) or (self.path / MANIFEST).exists():
-                raise UserError(f"{self.path} holds records but no {JOB}; choose another folder.")
-            write_json(job_file, wanted)
-            return
-        found = read_json(job_file, "the description of a folder of teacher shards")
-        for key, value in wanted.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"{self.path} was begun with {key} = {found.get(key)!r}, not {value!r}; choose "
-                    "another folder, or go on with the old setting."
-                )
+        if not check_begun(self.path, wanted):
+            write_json(self.path / JOB, wanted)
 
     def is_written(self, shard: int) -> bool:
         return (self.path / self._names[shard]).exists()
@@ -66,28 +54,18 @@ class ShardsWriter:
     def write(self, shard: int, records: Iterable[bytes]) -> None:
         """Writes all records of one shard: the file is there whole or not at all."""
         file = self.path / self._names[shard]
-        aside = file.with_name(file.name + PARTIAL_SUFFIX)
-        with disk_errors(file):
-            aside.open("wb").close()
-        writer = ArrayRecordWriter(str(aside), "group_size:1")
+        writer = RecordWriter(file, "group_size:1")
         written = 0
         try:
             for content in records:
                 self._totals.add(decode_record(content))
-                _ignoring_disk(writer.write, content)
+                writer.write(content)
                 written += 1
         finally:
-            _ignoring_disk(writer.close)
-        if written != len(self.description.shard_range(shard)) or _num_records(aside) != written:
-            raise UserError(
-                f"cannot write {file}: the disk did not take all of it; free some space and run "
-                "the same command again."
-            )
-        with disk_errors(file):
-            descriptor = os.open(aside, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-            aside.replace(file)
+            writer.close()
+        if written != len(self.description.shard_range(shard)):
+            raise ValueError(f"{file} was given {written} records")
+        writer.finish()
         self._note(file, written)
 
     def adopt(self, shard: int, sequences: Iterable[dict[str, np.ndarray]]) -> None:
@@ -131,6 +109,22 @@ class ShardsWriter:
         )
 
 
+def check_begun(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether the folder was begun; refuses one that was begun with other values."""
+    if not (path / JOB).exists():
+        if any(path.glob("*.arrayrecord")) or (path / MANIFEST).exists():
+            raise UserError(f"{path} holds records but no {JOB}; choose another folder.")
+        return False
+    found = read_json(path / JOB, "the description of a folder of teacher shards")
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path} was begun with {key} = {found.get(key)!r}, not {value!r}; choose "
+                "another folder, or go on with the old setting."
+            )
+    return True
+
+
 def checked_sequences(
     sequences: Iterable[dict[str, np.ndarray]], description: ShardsDescription
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -155,22 +149,3 @@ def checked_sequences(
         raise UserError(
             f"the data hold {seen} sequences, not {num_sequences}; ask for that many at most."
         )
-
-
-def _ignoring_disk(call: Callable[..., Any], *args: Any) -> None:
-    """ArrayRecord reports a failed write now or at a later call: one count at the end tells."""
-    try:
-        call(*args)
-    except RuntimeError:
-        return
-
-
-def _num_records(file: Path) -> int:
-    try:
-        reader = ArrayRecordReader(str(file), "readahead_buffer_size:0")
-        try:
-            return reader.num_records()
-        finally:
-            reader.close()
-    except RuntimeError:
-        return -1

@@ -152,13 +152,7 @@ class TeacherShards:
         path = Path(path)
         if not (path / MANIFEST).exists() and (path / JOB).exists():
             raise UserError(f"{path} is not finished; run the teacher again to write the rest.")
-        manifest = read_json(path / MANIFEST, "the manifest of teacher shards")
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise UserError(
-                f"{path / MANIFEST} is {manifest.get('format')!r} version "
-                f"{manifest.get('version')!r}, not {FORMAT!r} version {VERSION}; give a folder "
-                "written by the teacher."
-            )
+        manifest = _read_manifest(path)
         damaged = []
         for shard in manifest["shards"]:
             file = path / shard["name"]
@@ -213,6 +207,35 @@ class TeacherShards:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self.record(index) for index in range(len(self)))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the manifest is there, and every shard that it names."""
+    if not (path / MANIFEST).exists():
+        return False
+    return all((path / shard["name"]).exists() for shard in _read_manifest(path)["shards"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_json(path / MANIFEST, "the manifest of teacher shards")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise UserError(
+            f"{path / MANIFEST} is {manifest.get('format')!r} version "
+            f"{manifest.get('version')!r}, not {FORMAT!r} version {VERSION}; give a folder "
+            "written by the teacher."
+        )
+    fields = {field.name for field in dataclasses.fields(ShardsDescription)}
+    fields |= {"num_tokens", "unique_ids", "max_targets", "bytes", "shards"}
+    missing = sorted(fields - manifest.keys())
+    if not missing:
+        wanted = {"name", "records", "bytes", "sha256"}
+        missing = sorted(set().union(*(wanted - shard.keys() for shard in manifest["shards"])))
+    if missing:
+        raise UserError(
+            f"{path / MANIFEST} does not say {missing[0]}; delete it and run the teacher again to "
+            "write it anew."
+        )
+    return manifest
 
 
 def shard_stream(

@@ -5,11 +5,11 @@ head and the sampler. A chunk of logits is all that is ever held of [tokens, V].
 works on a batch the host encodes the one before.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +19,11 @@ import numpy as np
 from gemma_jax.distill.records import ID_BITS, MAX_DRAWS, MAX_VOCAB, encode_record
 from gemma_jax.distill.sampling import METHODS, Method, sample_targets, token_keys
 from gemma_jax.distill.shard_writer import ShardsWriter, checked_sequences
-from gemma_jax.distill.shards import MANIFEST, ShardsDescription, TeacherShards
+from gemma_jax.distill.shards import ShardsDescription, TeacherShards, is_complete
 from gemma_jax.errors import UserError
 from gemma_jax.files import locked
 from gemma_jax.progress import Advance, progress
+from gemma_jax.settings import check_types
 
 Example = dict[str, np.ndarray]
 HiddenFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -43,6 +44,7 @@ class TeacherJob:
     records_per_shard: int = 256
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 <= self.draws <= MAX_DRAWS:
             raise UserError(f"draws = {self.draws} is outside 1..{MAX_DRAWS}; 50 to 100 is usual.")
         if self.method not in METHODS:
@@ -58,13 +60,12 @@ class TeacherOutput(NamedTuple):
     """What the teacher says of a batch [B, T].
 
     `words` uint32 [B, T, N]: id | count << 18, ids ascending, count 0 = unused; `label_logprob`,
-    `entropy` float32 [B, T] in nats; `top1` int32 [B, T].
+    `entropy` float32 [B, T] in nats.
     """
 
     words: Any
     label_logprob: Any
     entropy: Any
-    top1: Any
 
 
 class Teacher:
@@ -177,7 +178,7 @@ def _sample_chunks(
         )
         ids, counts = sampled.ids.astype(jnp.uint32), sampled.counts.astype(jnp.uint32)
         words = jnp.where(counts > 0, ids | counts << ID_BITS, 0)
-        flat = (words, sampled.label_logprob, sampled.entropy, sampled.top1)
+        flat = (words, sampled.label_logprob, sampled.entropy)
         return TeacherOutput(*(x.reshape(B, chunk, *x.shape[1:]) for x in flat))
 
     key_chunks = jnp.moveaxis(keys.reshape(B, -1, chunk), 1, 0)
@@ -201,8 +202,8 @@ def write_teacher_shards(
 
     `sequences` gives the packed sequences in a fixed order, [T] arrays each; the first
     `num_sequences` are used. Finished work returns at once. After a kill the same call goes on at
-    the first missing shard, and ends with the bytes of an uninterrupted run. Raises UserError where
-    the folder was begun for anything else.
+    the first missing shard, and ends with the bytes of an uninterrupted run; a second process waits
+    for the first. Raises UserError where the folder was begun for anything else.
     """
     job = teacher.job
     if teacher.vocab_size != vocab_size:
@@ -223,22 +224,23 @@ def write_teacher_shards(
         num_records=num_sequences,
         records_per_shard=job.records_per_shard,
     )
-    writer = ShardsWriter(job.path, description)
-    if (writer.path / MANIFEST).exists() and writer.is_complete():
-        return TeacherShards.open(job.path).manifest
-    # Of several processes of one job the first alone takes the lock.
-    with locked(writer.path) if jax.process_index() == 0 else contextlib.nullcontext():
-        return _write_missing(teacher, writer, checked_sequences(sequences, description))
+    with locked(Path(job.path)):
+        return _write(teacher, sequences, description)
 
 
-def _write_missing(
-    teacher: Teacher, writer: ShardsWriter, source: Iterator[Example]
+def _write(
+    teacher: Teacher, sequences: Iterable[Example], description: ShardsDescription
 ) -> dict[str, Any]:
-    description = writer.description
-    names, seq_len = description.shard_names(), description.seq_len
-    ready = sum(len(description.shard_range(s)) for s in range(len(names)) if writer.is_written(s))
-    with progress("teacher", description.num_records * seq_len, start=ready * seq_len) as advance:
-        for shard in range(len(names)):
+    writer = ShardsWriter(teacher.job.path, description)
+    shards = range(len(description.shard_names()))
+    if is_complete(writer.path) and all(map(writer.is_written, shards)):
+        return TeacherShards.open(writer.path).manifest
+    source = checked_sequences(sequences, description)
+    sizes = [len(description.shard_range(shard)) for shard in shards]
+    seq_len, total = description.seq_len, description.num_records * description.seq_len
+    ready = sum(size for shard, size in enumerate(sizes) if writer.is_written(shard))
+    with progress("teacher", total, start=ready * seq_len) as advance:
+        for shard in shards:
             indices = description.shard_range(shard)
             ours = itertools.islice(source, len(indices))
             if writer.is_written(shard):
@@ -276,7 +278,7 @@ def _records(
 def _encode(
     job: TeacherJob, sequences: list[Example], indices: range, output: TeacherOutput
 ) -> Iterator[bytes]:
-    words, label_logprob, entropy, _ = jax.device_get(output)
+    words, label_logprob, entropy = jax.device_get(output)
     for row, (sequence, index) in enumerate(zip(sequences, indices, strict=True)):
         kept = sequence["loss_mask"] > 0
         # The label's log-probability may be -inf (an id that the teacher excludes); never NaN.

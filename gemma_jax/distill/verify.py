@@ -25,6 +25,7 @@ from gemma_jax.files import file_hash
 from gemma_jax.progress import progress
 
 _GROUP = 8  # records drawn again at once
+_MEAN_GAP = 0.05  # nats; one token counts with a hundred times that at most
 
 Recompute = Callable[[Sequence[dict[str, np.ndarray]], Sequence[int]], Any]
 
@@ -34,13 +35,15 @@ def verify_teacher_shards(
     *,
     recompute: Recompute | None = None,
     sample: int = 32,
+    tolerated: float = 0.01,
 ) -> dict[str, Any]:
     """Reads all shards in `path`; raises UserError naming the shards that are damaged.
 
     Checked: checksums, record indices 0..n-1 each once, counts adding up to N at each kept
     position, ids ascending and below V, totals and token hash of the manifest. `recompute` is a
     `Teacher` built with the settings of the shards: `sample` records, spread evenly, are drawn
-    again and compared. Returns figures; their names carry the units.
+    again and compared; a share of differing tokens above `tolerated` is refused. Returns figures;
+    their names carry the units.
     """
     shards = TeacherShards.open(path)
     manifest = shards.manifest
@@ -80,7 +83,7 @@ def verify_teacher_shards(
         "teacher_entropy_nats": found["teacher_entropy"],
     }
     if recompute is not None:
-        report |= _draw_again(shards, recompute, sample)
+        report |= _draw_again(shards, recompute, sample, tolerated)
     return report
 
 
@@ -99,12 +102,14 @@ def _checked_record(shards: TeacherShards, index: int) -> Record:
     return record
 
 
-def _draw_again(shards: TeacherShards, recompute: Recompute, sample: int) -> dict[str, Any]:
+def _draw_again(
+    shards: TeacherShards, recompute: Recompute, sample: int, tolerated: float
+) -> dict[str, Any]:
     """Compares a sample with fresh draws. Half precision alone makes log-probabilities differ by
     0.05 %; another device's rounding moves a draw in perhaps one token of ten thousand."""
     indices = np.unique(np.linspace(0, len(shards) - 1, min(sample, len(shards))).astype(int))
     compared = differing = 0
-    gap = 0.0
+    gap = total_gap = 0.0
     for start in range(0, len(indices), _GROUP):
         batch = [int(index) for index in indices[start : start + _GROUP]]
         records = [shards.raw_record(index) for index in batch]
@@ -121,7 +126,14 @@ def _draw_again(shards: TeacherShards, recompute: Recompute, sample: int) -> dic
             logprob = np.maximum(output.label_logprob[row][kept], LOWEST_LOGPROB)
             difference = np.abs(logprob - record.label_logprob.astype(np.float32))
             gap = max(gap, float(difference.max(initial=0.0)))
+            total_gap += float(np.minimum(difference, _MEAN_GAP * 100).sum())
             compared += int(kept.sum())
+    if differing > tolerated * compared or total_gap > _MEAN_GAP * compared:
+        raise UserError(
+            f"{shards.path} does not hold what its teacher gives now: of {compared} tokens drawn "
+            f"again {differing} differ, and log-probabilities by up to {gap:.3g} nats; check its "
+            "seed, draws and method, or write it anew."
+        )
     return {
         "recomputed_records": len(indices),
         "recomputed_tokens": compared,

@@ -75,17 +75,21 @@ def make_evaluation(
                     advance(1)
             # Sums of a batch are exact enough in float32, sums over batches want float64.
             sums = _Totals(*np.asarray(jax.device_get(parts), np.float64).sum(axis=0).tolist())
-        loss = sums.nats / max(sums.tokens, 1)
-        return {
-            "bits_per_byte": sums.text_nats / math.log(2) / max(sums.bytes, 1),
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": sums.hits / max(sums.tokens, 1),
-            "tokens": int(sums.tokens),
-            "bytes": int(sums.bytes),
-        }
+        return _scores(sums)
 
     return evaluate
+
+
+def _scores(sums: _Totals) -> dict[str, float]:
+    loss = sums.nats / max(sums.tokens, 1)
+    return {
+        "bits_per_byte": sums.text_nats / math.log(2) / max(sums.bytes, 1),
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "accuracy": sums.hits / max(sums.tokens, 1),
+        "tokens": int(sums.tokens),
+        "bytes": int(sums.bytes),
+    }
 
 
 def _batches(

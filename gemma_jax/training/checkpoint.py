@@ -24,7 +24,6 @@ from gemma_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 BEST_METRIC = "valid/bits_per_byte"
-_DAMAGE = (ValueError, OSError, KeyError)  # what Orbax and TensorStore raise for it
 
 
 class Checkpoints:
@@ -49,6 +48,10 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint by validation, None where none was measured."""
+        return self._manager.best_step()
 
     def save(
         self, state: TrainState, batches: grain.DatasetIterator, metrics: dict[str, float]
@@ -82,7 +85,7 @@ class Checkpoints:
             batches.set_state(restored["data"])
         except UserError:
             raise
-        except _DAMAGE as error:
+        except Exception as error:  # Orbax wraps what TensorStore says of damage in a bare one
             raise _damaged(place) from error
         progress = restored["progress"]
         return TrainState(
@@ -131,7 +134,7 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
             return reader.restore(item, args=ocp.args.StandardRestore(like))
     except UserError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # as above
         raise UserError(
             f"the checkpoint {place} is damaged; copy it again, or give another one of the run, "
             f"which has {steps}."

@@ -17,8 +17,9 @@ import numpy as np
 
 from gemma_jax.errors import Interrupted, UserError, require_fractions, require_positive
 from gemma_jax.progress import progress
+from gemma_jax.settings import check_types
 from gemma_jax.sharding import Layout
-from gemma_jax.training.checkpoint import Checkpoints
+from gemma_jax.training.checkpoint import BEST_METRIC, Checkpoints
 from gemma_jax.training.metrics import MetricsLog, median, peak_flops, read_metrics
 from gemma_jax.training.objective import Objective
 from gemma_jax.training.optim import Optimizer
@@ -41,6 +42,7 @@ class LoopConfig:
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "log_every", "eval_every", "checkpoint_every")
         require_positive(self, "keep_last", "microbatches")
         require_positive(self, "keep_best", allow_zero=True)
@@ -65,6 +67,7 @@ class Job:
     flops_per_token: int
     evaluate: Evaluate
     seed: int = 0
+    settings: Any = None  # what W&B is told of the run, as JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Trained:
 
     params: Any
     metrics: dict[str, float]
+    best_step: int | None = None  # of the best checkpoint that is kept
 
 
 def train(job: Job) -> Trained:
@@ -117,14 +121,18 @@ def train(job: Job) -> Trained:
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
-        if start < job.num_steps:
-            log = MetricsLog(
-                job.folder, start, wandb_project=job.config.wandb_project, name=job.name
-            )
-            stack.callback(log.close)
-            state = _run(job, state, start, batches, step, checkpoints, log)
         records = read_metrics(job.folder)
-        return Trained(state.ema if ema else state.params, _summary(records))
+        measured = any(r["step"] == job.num_steps and BEST_METRIC in r for r in records)
+        if start < job.num_steps or not measured:
+            log = MetricsLog(job.folder, start, job.config.wandb_project, job.name, job.settings)
+            stack.callback(log.close)
+            if start < job.num_steps:
+                state = _run(job, state, start, batches, step, checkpoints, log)
+            else:  # the weights outlived the last line
+                log.write(start, _validated(job, state))
+        records = read_metrics(job.folder)
+        metrics, best = _summary(records), checkpoints.best_step()
+        return Trained(state.ema if ema else state.params, metrics, best)
 
 
 def _run(
@@ -155,15 +163,14 @@ def _run(
                 values["learning_rate"] = float(schedule(done - 1))
                 values |= clock.speed()
             if done % config.eval_every == 0 or last:
-                params = state.ema if config.ema_decay is not None else state.params
-                evaluation = job.evaluate(params)
-                values |= {f"valid/{name}": value for name, value in evaluation.items()}
+                values |= _validated(job, state)
                 clock.restart()
             if values:
                 log.write(done, values)
             stopping = stop_requested()
             if done % config.checkpoint_every == 0 or last or stopping:
                 _measured(metrics, done, checkpoints)  # what is not finite is not saved
+                log.sync()  # a checkpoint never outlives the numbers that came before it
                 known = {name: x for name, x in values.items() if x is not None}
                 checkpoints.save(state, batches, known)
                 clock.restart()
@@ -176,6 +183,12 @@ def _run(
                 )
         checkpoints.wait()
     return state
+
+
+def _validated(job: Job, state: TrainState) -> dict[str, float | None]:
+    """The held-out numbers of the weights, of their average where one is kept."""
+    params = state.params if job.config.ema_decay is None else state.ema
+    return {f"valid/{name}": value for name, value in job.evaluate(params).items()}
 
 
 def _place(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:

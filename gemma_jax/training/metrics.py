@@ -1,7 +1,9 @@
 """Metrics of a run: JSON lines and TensorBoard always, Weights & Biases on request."""
 
 import json
+import os
 import statistics
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from gemma_jax.errors import UserError
-from gemma_jax.files import disk_errors, write_text
+from gemma_jax.files import disk_errors, read_json, write_json, write_text
 
 FILE = "metrics.jsonl"
 
@@ -60,17 +62,24 @@ class MetricsLog:
     steps behind them will be done again. Of several hosts the first alone writes."""
 
     def __init__(
-        self, folder: Path, start_step: int, *, wandb_project: str | None, name: str
+        self,
+        folder: Path,
+        start_step: int,
+        wandb_project: str | None,
+        name: str,
+        settings: Any = None,
     ) -> None:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
+        self._wandb = None
+        if wandb_project:
+            self._wandb = _start_wandb(wandb_project, name, folder, settings)
         kept = [record for record in read_metrics(folder) if record["step"] <= start_step]
         write_text(folder / FILE, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = (folder / FILE).open("a")
         board = str(folder / "tensorboard")
         self._board = SummaryWriter(board, purge_step=start_step + 1, flush_secs=20)
-        self._wandb = _start_wandb(wandb_project, name) if wandb_project else None
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         if not self._writes:
@@ -89,6 +98,12 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
+    def sync(self) -> None:
+        """Returns when the lines are on disk."""
+        if self._writes:
+            with disk_errors(self._file.name):
+                os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if not self._writes:
             return
@@ -105,12 +120,25 @@ class MetricsLog:
         return writer is None or writer.event_writer._worker.is_alive()
 
 
-def _start_wandb(project: str, name: str) -> Any:
+def _start_wandb(project: str, name: str, folder: Path, settings: Any) -> Any:
+    """A W&B run that belongs to the run folder: a resumed run goes on in it."""
     try:
         import wandb
     except ImportError:
         raise UserError(
-            f"train.wandb_project={project!r} needs Weights & Biases: install the extra 'wandb', "
-            "or leave the setting out."
+            f"train.wandb_project={project!r} needs Weights & Biases: start with "
+            "`GEMMA_JAX_EXTRA=cpu,wandb ./launch.sh ...` (cuda or tpu for cpu where it is one), or "
+            "leave the setting out."
         ) from None
-    return wandb.init(project=project, name=name, resume="allow")
+    id_file = folder / "wandb.json"
+    if not id_file.exists():
+        write_json(id_file, {"id": uuid.uuid4().hex[:12]})
+    own = read_json(id_file, "the name of a run at Weights & Biases").get("id")
+    try:
+        return wandb.init(project=project, name=name, id=own, resume="allow", config=settings)
+    except Exception as error:  # of many kinds: no login, no network, no such project
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"Weights & Biases refuses train.wandb_project={project!r} ({cause.rstrip('.')}); log "
+            "in with `wandb login`, set WANDB_MODE=offline, or leave the setting out."
+        ) from error

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.errors import require_positive
 from gemma_jax.ops.vocab_loss import vocab_loss
+from gemma_jax.settings import check_types
 
 type Batch = Mapping[str, jax.Array]
 type Sums = dict[str, tuple[jax.Array, jax.Array]]  # (total, weight)
@@ -34,6 +36,10 @@ class Xent:
     """Next-token cross-entropy, with z-loss where wanted (PaLM uses 1e-4)."""
 
     z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_positive(self, "z_loss", allow_zero=True)
 
     def build(self, model: LanguageModel, *, softcap: float | None = None) -> Objective:
         """`softcap` is the model's final softcap."""

@@ -12,6 +12,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from gemma_jax.errors import require_fractions, require_positive
+from gemma_jax.settings import check_types
 
 Kind = Literal["matrix", "embedding", "norm"]
 type Axes = tuple[str | None, ...]
@@ -26,6 +27,7 @@ class WarmupStableDecay:
     final: float = 0.0  # last learning rate, as a fraction of the peak
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_fractions(self, "warmup", "decay", "final")
 
     def build(self, peak: float, steps: int) -> optax.Schedule:
@@ -49,6 +51,7 @@ class Cosine:
     final: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_fractions(self, "warmup", "final")
 
     def build(self, peak: float, steps: int) -> optax.Schedule:
@@ -79,7 +82,10 @@ class AdamW:
     schedule: WarmupStableDecay | Cosine = WarmupStableDecay()
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "learning_rate", "eps", "clip_norm")
+        require_positive(self, "weight_decay", allow_zero=True)
+        require_fractions(self, "b1", "b2", below_one=True)
 
     def build(self, axes: Any, steps: int) -> optax.GradientTransformation:
         adamw = optax.adamw(
@@ -112,7 +118,10 @@ class Muon:
     schedule: WarmupStableDecay | Cosine = WarmupStableDecay()
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "learning_rate", "adam_learning_rate", "clip_norm")
+        require_positive(self, "weight_decay", allow_zero=True)
+        require_fractions(self, "momentum", "b1", "b2", below_one=True)
 
     def build(self, axes: Any, steps: int) -> optax.GradientTransformation:
         # A transformation a kind: within optax's `muon` the parameters that are no matrices get

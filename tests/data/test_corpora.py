@@ -1,5 +1,6 @@
 """Sources: what each kind gives, in which order, and what is refused with which words."""
 
+import contextlib
 import gzip
 import json
 import lzma
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from gemma_jax.data import readers
+from gemma_jax.data import corpora, readers
 from gemma_jax.data.corpora import find_parts, iter_documents
 from gemma_jax.errors import UserError
 
@@ -53,6 +54,24 @@ def test_json_lines_packed_or_not(tmp_path, suffix: str) -> None:
         path.write_bytes(path.read_bytes()[:-6])
         with pytest.raises(UserError, match="damaged or cut short"):
             texts(path)
+
+
+def test_the_bar_moves_within_a_file(tmp_path, monkeypatch) -> None:
+    """It ends at the size of all files, packed or not, and never goes past it on the way."""
+    moves = []
+
+    @contextlib.contextmanager
+    def bar(label, total, quiet):
+        yield lambda units, note: moves.append((units, note))
+        assert sum(units for units, _ in moves) == total
+
+    monkeypatch.setattr(corpora, "progress", bar)
+    monkeypatch.setattr(corpora, "_BAR_CHARS", 10)
+    (tmp_path / "a.jsonl").write_bytes(lines(*[{"text": "twelve chars"}] * 5))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(*[{"text": "x" * 90}] * 50)))
+    assert len(texts(tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", show_progress=True)) == 55
+    assert [units for units, name in moves if name.endswith("a.jsonl")][:5] == [12] * 5
+    assert all(units >= 0 for units, _ in moves)
 
 
 def test_parquet(tmp_path) -> None:
@@ -107,6 +126,8 @@ def test_text_that_is_not_utf8_is_refused_by_place(tmp_path, monkeypatch) -> Non
         (b'{"body": "x", "n": 1}', r'line 3 has no text under "text" \(it has: body, n\)'),
         (b'["x"]', r"line 3 has no text .*list"),
         (b'{"text": "\xff"}', "line 3 is not UTF-8 at byte 10 of the line"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "line 3 holds a number of thousands of digits"),
+        (b"[" * 200_000, "line 3 .* is nested too deeply"),
         (b'{"text": "\\ud800"}', "line 3 holds half a surrogate pair at character 0"),
     ],
 )
@@ -127,20 +148,24 @@ def test_sources_that_are_not_there_are_refused(tmp_path) -> None:
         texts()
 
 
-def test_hugging_face_dataset(tmp_path, monkeypatch) -> None:
-    """Against a stand-in for the package, which is an optional one."""
+class Dataset:
+    """A stand-in for that of the package `datasets`, which is an optional one."""
 
-    class Dataset:
-        column_names = ("text", "label")
-        _fingerprint = "f00"
+    column_names = ("text", "label")
 
-        def select_columns(self, names):
-            assert names == ["text"]
-            return [{"text": "one"}, {"text": None}, {"text": "two"}]
+    def __init__(self, split="train", fingerprint="f00"):
+        self.split, self._fingerprint = split, fingerprint
 
-        def __len__(self):
-            return 3
+    def select_columns(self, names):
+        assert names == ["text"]
+        return [{"text": "one"}, {"text": None}, {"text": "two"}]
 
+    def __len__(self):
+        return 3
+
+
+@pytest.fixture
+def package(monkeypatch):
     class DatasetDict(dict): ...
 
     package = types.ModuleType("datasets")
@@ -148,6 +173,10 @@ def test_hugging_face_dataset(tmp_path, monkeypatch) -> None:
     package.load_from_disk = lambda path: DatasetDict(train=Dataset(), test=Dataset())
     package.load_dataset = lambda name, config, split: [Dataset()][name != "some/name"]
     monkeypatch.setitem(sys.modules, "datasets", package)
+    return package
+
+
+def test_hugging_face_dataset(tmp_path, package, monkeypatch) -> None:
     for source in ("hf:some/name", "hf:some/name:config:train", f"hf:{tmp_path}:test"):
         assert texts(source) == ["one", "two"]
     assert find_parts(("hf:some/name",))[0].identity()["fingerprint"] == "f00"
@@ -156,5 +185,26 @@ def test_hugging_face_dataset(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         texts("hf:other")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"gemma-jax\[hf\]"):
+    with pytest.raises(UserError, match=r"GEMMA_JAX_EXTRA=cpu,hf"):
         texts("hf:some/name")
+
+
+def test_hugging_face_folders(tmp_path, package) -> None:
+    """One dataset alone has the split that it was taken from; what `save_to_disk` did not write is
+    a copy of a repository; and a folder that has changed is not still the same."""
+    package.load_from_disk = lambda path: Dataset("test")
+    assert texts(f"hf:{tmp_path}") == texts(f"hf:{tmp_path}:test") == ["one", "two"]
+    with pytest.raises(UserError, match=r'the split "train" .*one dataset alone \(split: test\)'):
+        texts(f"hf:{tmp_path}:train")
+    (part,) = find_parts((f"hf:{tmp_path}",))
+    identity = part.identity()
+    assert part.is_still(identity)
+    package.load_from_disk = lambda path: Dataset("test", "f01")
+    assert not part.is_still(identity)
+
+    def refuse(path):
+        raise FileNotFoundError
+
+    package.load_from_disk = refuse
+    package.load_dataset = lambda name, config, split: Dataset(split, name)
+    assert find_parts((f"hf:{tmp_path}:test",))[0].identity()["fingerprint"] == str(tmp_path)

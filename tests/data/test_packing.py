@@ -11,7 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gemma_jax.data.loader import Mixture, Stage, train_stream
+from gemma_jax.data.loader import Turns, train_stream
+from gemma_jax.data.mixture import Mixture, Stage, open_sources
 from gemma_jax.data.packing import PackedPass, PackedStream, packed_sequences, shuffled
 from gemma_jax.data.tokenizer import TokenizerConfig
 from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
@@ -215,7 +216,7 @@ def test_weights_hold_in_each_stage() -> None:
         Stage(until=0.9, weights={"c": 1}),
         Stage(until=1.0, weights={"b": 1, "a": 2}),
     ]
-    mixture = Mixture(stages, ["a", "b", "c"], 1000)
+    mixture = Turns(stages, ["a", "b", "c"], 1000)
     drawn = [mixture.locate(n) for n in range(1000)]
     names = [name for name, _ in drawn]
     for start, end, weights in (
@@ -235,7 +236,7 @@ def test_weights_hold_in_each_stage() -> None:
 @pytest.mark.parametrize("weight", [1e-9, 1 / 3, 0.1, 1 - 1e-9])
 def test_mixture_is_exact_far_out(weight: float) -> None:
     stages = [Stage(until=1.0, weights={"a": weight, "b": 1 - weight})]
-    mixture = Mixture(stages, ["a", "b"], 10**12)
+    mixture = Turns(stages, ["a", "b"], 10**12)
     last = dict.fromkeys("ab", -1)
     for n in range(10**12 - 300, 10**12):
         name, number = mixture.locate(n)
@@ -278,6 +279,7 @@ def test_bad_mixtures_and_sizes_are_refused(sets, tmp_path: Path) -> None:
     other = Corpus(
         path=str(tmp_path / "x"), sources=(source,), tokenizer=TokenizerConfig(vocab_size=390)
     )
-    mixed = {"many": sets["many"], "other": build_tokens(other)}
-    with pytest.raises(UserError, match="different tokenizers"):
-        train_stream(mixed, good, seq_len=16, batch_size=8, num_batches=1, seed=0)
+    build_tokens(other)
+    mixed = Mixture(sources={"many": str(sets["many"].path), "other": other}, stages=tuple(good))
+    with pytest.raises(UserError, match=r"another tokenizer .* than source 'many'"):
+        open_sources(mixed)

@@ -112,9 +112,9 @@ def test_second_build_returns_at_once(corpus: Corpus, monkeypatch: pytest.Monkey
     first = build_tokens(corpus)
     monkeypatch.setattr(readers, "json_texts", lambda *_: pytest.fail("the corpus was read again"))
     os.utime(corpus.sources[0])  # another time, the same text
-    assert build_tokens(corpus).hash == first.hash
+    assert build_tokens(corpus).manifest == first.manifest
     Path(corpus.sources[0]).unlink()  # a finished set needs its sources no more
-    assert build_tokens(corpus).hash == first.hash
+    assert build_tokens(corpus).manifest == first.manifest
 
 
 def test_build_goes_on_after_a_kill_at_any_shard(
@@ -230,7 +230,7 @@ def test_other_text_or_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Pa
 
 
 def test_damaged_shards_are_refused_by_name(corpus: Corpus) -> None:
-    token_set = build_tokens(corpus)
+    build_tokens(corpus)
     path = Path(corpus.path) / "train-00002.arrayrecord"
     sound = path.read_bytes()
     path.write_bytes(sound[: len(sound) // 2])
@@ -239,8 +239,6 @@ def test_damaged_shards_are_refused_by_name(corpus: Corpus) -> None:
     path.write_bytes(bytes([sound[0]]) + bytes(len(sound) - 1))
     with pytest.raises(UserError, match=r"train-00002\.arrayrecord is damaged"):
         list(TokenSet.open(corpus.path).documents("train"))
-    with pytest.raises(UserError, match="SHA-256 differs"):
-        token_set.verify()
     path.unlink()
     with pytest.raises(UserError, match="is missing"):
         TokenSet.open(corpus.path)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.distill.verify import verify_teacher_shards
 from gemma_jax.errors import UserError
+from gemma_jax.files import locked
 
 
 def _files(folder):
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    files = (file for file in sorted(Path(folder).iterdir()) if file.name != ".lock")
+    return {file.name: file.read_bytes() for file in files}
 
 
 def _teacher_probabilities(params, sequence):
@@ -121,6 +124,19 @@ def test_an_interrupted_job_ends_with_the_same_bytes(
     assert _files(tmp_path) == _files(shard_folder)
 
 
+def test_a_second_process_waits_for_the_first(tmp_path, make_teacher, make_sequences, write):
+    """The lock is held by an open file: another one in this process waits as a process would."""
+    second = threading.Thread(
+        target=write, args=(make_teacher(tmp_path), make_sequences(16)), daemon=True
+    )
+    with locked(tmp_path):
+        second.start()
+        second.join(timeout=0.3)
+        assert not (tmp_path / "job.json").exists()
+    second.join(timeout=60)
+    assert len(TeacherShards.open(tmp_path)) == 16
+
+
 def test_kill_9_at_any_moment(tmp_path, shard_folder):
     """Runs the job in a process of its own, slowed down; kills it before and after a shard."""
     script = Path(__file__).with_name("slow_teacher.py")
@@ -214,9 +230,21 @@ def test_verify_reports_and_draws_the_same_again(shard_folder, make_teacher):
 def test_verify_sees_another_teacher(shard_folder, make_teacher, params):
     other = make_teacher("unused")
     other._params = {"embedding": params["embedding"] * 1.1}
-    report = verify_teacher_shards(shard_folder, recompute=other, sample=4)
-    assert report["differing_tokens"] > 20
-    assert report["max_logprob_difference_nats"] > 0.1
+    with pytest.raises(UserError, match=r"of 91 tokens drawn again \d\d differ"):
+        verify_teacher_shards(shard_folder, recompute=other, sample=4)
+
+
+def test_verify_sees_another_seed_and_another_probability(shard_folder, make_teacher):
+    with pytest.raises(UserError, match="check its seed"):
+        verify_teacher_shards(shard_folder, recompute=make_teacher("unused", seed=1), sample=4)
+    teacher = make_teacher("unused")
+
+    def shifted(sequences, indices):
+        output = teacher(sequences, indices)
+        return output._replace(label_logprob=output.label_logprob - 0.2)
+
+    with pytest.raises(UserError, match=r"0 differ, and log-probabilities by up to 0\.2"):
+        verify_teacher_shards(shard_folder, recompute=shifted, sample=4)
 
 
 def test_verify_refuses_damage(tmp_path, shard_folder):

@@ -76,8 +76,9 @@ def one_device():
 def make_job(model, one_device, tmp_path):
     """make_job(folder, evaluate=..., steps=..., **settings of LoopConfig) -> Job."""
 
-    def make(folder="run", evaluate=None, steps=12, optimizer=None, **settings):
-        settings = {"log_every": 2, "eval_every": 4, "checkpoint_every": 4, **settings}
+    def make(folder="run", evaluate=None, steps=12, optimizer=None, **changes):
+        settings = {"log_every": 2, "eval_every": 4, "checkpoint_every": 4, **changes}
+        told = settings.pop("settings", None)
         return Job(
             name="tiny",
             folder=tmp_path / folder,
@@ -94,6 +95,7 @@ def make_job(model, one_device, tmp_path):
             tokens_per_step=ROWS * SEQ_LEN,
             flops_per_token=1,
             evaluate=evaluate or (lambda params: {"bits_per_byte": 1.0, "loss": 1.0}),
+            settings=told,
         )
 
     return make

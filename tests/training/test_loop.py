@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +88,47 @@ def test_a_finished_run_trains_no_more(make_job):
     assert (make_job().folder / FILE).read_text() == before
 
 
+@pytest.mark.parametrize("kept", [0, -1])
+def test_lost_metrics_of_a_finished_run_are_measured_again(make_job, kept):
+    """A checkpoint of the last step whose lines did not reach the disk, all or the last of them."""
+    scores = iter([3.0, 2.0, 1.0, 1.5])
+    evaluate = lambda params: {"bits_per_byte": next(scores), "loss": 1.0}  # noqa: E731
+    assert train(make_job(evaluate=evaluate)).metrics["valid/bits_per_byte"] == 1.0
+    path = make_job().folder / FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+    assert train(make_job(evaluate=evaluate)).metrics["valid/bits_per_byte"] == 1.5
+    assert read_metrics(make_job().folder)[-1]["step"] == 12
+
+
+def test_weights_and_biases_go_on_in_the_same_run(make_job, monkeypatch):
+    """Against a stand-in for the package, which is an optional one."""
+    package = types.ModuleType("wandb")
+    started, logged = [], []
+    package.init = lambda **settings: started.append(settings) or package
+    package.log = lambda values, step: logged.append(step)
+    package.finish = lambda: logged.append("end")
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    settings = {"wandb_project": "mine", "settings": {"seed": 3}}
+    with pytest.raises(Interrupted):
+        train(make_job(evaluate=interrupting(1), **settings))
+    train(make_job(**settings))
+    assert logged == [2, 4, "end", 6, 8, 10, 12, "end"]
+    assert started[0] == started[1]
+    wanted = {"project": "mine", "name": "tiny", "resume": "allow", "config": {"seed": 3}}
+    assert wanted.items() <= started[0].items()
+    assert started[0]["id"] not in (None, "tiny")
+
+    def refuse(**_):
+        raise RuntimeError("api_key not configured.\nmore")
+
+    package.init = refuse
+    with pytest.raises(UserError, match=r"\(api_key not configured\); log in"):
+        train(make_job("new", **settings))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="GEMMA_JAX_EXTRA=cpu,wandb"):
+        train(make_job("none", **settings))
+
+
 def test_the_last_and_the_best_checkpoint_are_kept_through_a_resume(make_job):
     """Validation is best at step 2; the run is stopped at 6 and goes on to 12."""
 
@@ -104,7 +147,7 @@ def test_the_last_and_the_best_checkpoint_are_kept_through_a_resume(make_job):
     with pytest.raises(Interrupted):
         train(make_job(evaluate=measured([1.0, 2.0, 3.0], stop=True), **settings))
     assert checkpoint_steps(make_job().folder) == [2, 6]
-    train(make_job(evaluate=measured([2.5, 2.6, 2.7]), **settings))
+    assert train(make_job(evaluate=measured([2.5, 2.6, 2.7]), **settings)).best_step == 2
     assert checkpoint_steps(make_job().folder) == [2, 12]
 
 
@@ -166,7 +209,7 @@ def test_the_position_of_the_stream_does_not_depend_on_hosts(make_job):
 
 def test_only_the_first_host_writes_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    log = MetricsLog(tmp_path, 0, wandb_project=None, name="run")
+    log = MetricsLog(tmp_path, 0, None, "run")
     log.write(1, {"loss": 1.0})
     log.close()
     assert list(tmp_path.iterdir()) == []
