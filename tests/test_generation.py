@@ -136,23 +136,20 @@ def test_a_conversation_goes_on_in_its_cache(model, params, greedy):
 
 
 def test_repetition_penalty_follows_its_definition(model, params):
-    penalty = 1.7
+    penalty, width = 1.7, max(map(len, PROMPTS)) + 5
     settings = Sampling(temperature=0.0, repetition_penalty=penalty)
-    for prompt, completion in zip(
-        PROMPTS,
-        generate(model, params, PROMPTS, max_new_tokens=5, sampling=settings),
-        strict=True,
-    ):
-        tokens = list(prompt)
-        for drawn in completion.tokens:
-            hidden = model.hidden(params, jnp.asarray([tokens], jnp.int32))[0, -1]
-            logits = np.array(model.logits(params, hidden))
-            seen = list(set(tokens))
-            logits[seen] = np.where(
-                logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty
-            )
-            assert drawn == logits.argmax()
-            tokens.append(drawn)
+    all_logits = jax.jit(lambda tokens: model.logits(params, model.hidden(params, tokens)))
+    results = tokens_of(model, params, PROMPTS, max_new_tokens=5, sampling=settings)
+    for prompt, drawn in zip(PROMPTS, results, strict=True):
+        tokens = [*prompt, *drawn]
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(tokens)] = tokens
+        for place, logits in enumerate(np.array(all_logits(padded)[0])):
+            if len(prompt) <= place + 1 < len(tokens):
+                seen = sorted(set(tokens[: place + 1]))
+                values = logits[seen]
+                logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+                assert tokens[place + 1] == logits.argmax()
 
 
 @pytest.mark.parametrize(
