@@ -1,5 +1,6 @@
 """What one does with a trained run: score text and tasks, let it teach."""
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Sequence
@@ -99,10 +100,8 @@ def evaluate_tasks(
     _at_least_one("batch_tokens", batch_tokens)
     runs.run_and_step(folder)  # refuses what is no run before any set is read
     chosen = [sets.read(name) for name in tasks]
-    loaded = runs.load_model(folder)
+    loaded = _load(folder, compute_dtype)
     model = loaded.model
-    if compute_dtype is not None:
-        model = Transformer(replace(model.config, compute_dtype=compute_dtype))  # type: ignore[arg-type]
     result: dict[str, Any] = {
         "checkpoint": str(folder),
         "compute_dtype": model.config.compute_dtype,
@@ -127,6 +126,18 @@ def evaluate_tasks(
     if output is not None:
         write_json(output, result)
     return result
+
+
+def lm_eval_model(
+    folder: str | Path, *, batch_tokens: int = 8192, compute_dtype: str | None = None
+) -> Any:
+    """The model of a run as an `LM` for lm-evaluation-harness (see `eval.lm_eval`)."""
+    if not importlib.util.find_spec("lm_eval"):
+        raise UserError("lm-eval is not installed; install gemma-jax[lm-eval].")
+    from gemma_jax.eval.lm_eval import GemmaLM
+
+    loaded = _load(folder, compute_dtype)
+    return GemmaLM(loaded.model, loaded.params, loaded.tokenizer, batch_tokens=batch_tokens)
 
 
 def write_shards(
@@ -211,6 +222,15 @@ def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teach
         softcap=loaded.model.config.final_softcap,
         batch_sharding=layout.batch_sharding(),
     )
+
+
+def _load(folder: str | Path, compute_dtype: str | None) -> runs.LoadedModel:
+    """A run's model on the first device, computing in another type if told to."""
+    loaded = runs.load_model(folder)
+    if compute_dtype is None:
+        return loaded
+    config = replace(loaded.model.config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
+    return replace(loaded, model=Transformer(config))
 
 
 def _at_least_one(name: str, value: int) -> None:

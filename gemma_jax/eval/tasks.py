@@ -168,9 +168,9 @@ class _Share:
         self.left, self._advance = examples, advance
 
     def add(self, count: int) -> None:
-        count = min(count, self.left)
-        self.left -= count
-        self._advance(count)
+        if count := min(count, self.left):
+            self.left -= count
+            self._advance(count)
 
     def finish(self) -> None:
         self.add(self.left)
