@@ -12,15 +12,14 @@ and ready requests, a line for each choice: `request: {context, continuation}`, 
 `label`.
 """
 
-import bz2
-import gzip
+import io
 import json
-import lzma
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_jax.data.readers import OPENERS, reading
 from gemma_jax.errors import UserError
 
 # Ready requests for the likelihood of a choice without its question bear its doc_id plus this.
@@ -62,7 +61,7 @@ PRIMARY = {"choice": "acc", "partial": "acc", "cloze": "acc", "pairs": "acc", "a
 
 
 def read_task(path: str | Path, shots: int = 0) -> Task:
-    """The task in a file of JSON lines (.gz, .xz and .bz2 too), named by its path.
+    """The task in a file of JSON lines (.gz, .xz, .bz2 and .zst too), named by its path.
 
     With `shots`, that many examples of it come before each question and are not scored.
     """
@@ -124,26 +123,23 @@ def joined(context: str, continuation: str) -> Pair:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines, with the number of each line."""
+    """The objects of a file of JSON lines, compressed or not, with the number of each line."""
     path, number = Path(path), 0
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    opener = openers.get(path.suffix, open)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a file of JSON lines.")
+    opener = OPENERS.get(path.suffix.lower(), lambda path: path.open("rb"))
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+        with reading(str(path)), io.BufferedReader(opener(path)) as file:
+            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
                 if line.strip():
                     value = json.loads(line)
                     if not isinstance(value, dict):
                         raise UserError(f"{path}, line {number} is not a JSON object.")
                     yield number, value
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a file of JSON lines.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number} is not valid JSON ({error}).") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text after line {number}.") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{path} cannot be read after line {number}: {error}.") from None
 
 
 def _example(line: dict[str, Any], where: str) -> tuple[str, Example]:

@@ -283,9 +283,11 @@ def test_a_bad_line_is_named(tmp_path, text, message):
 
 def test_a_broken_file_is_named(tmp_path):
     path = tmp_path / "bad.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"good": "a", "bad": "b"}\n' * 999)[:-20])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_examples(path)
+    whole = gzip.compress(b'{"good": "a", "bad": "b"}\n' * 999)
+    for broken in (whole[:-20], whole[:20] + b"xxxxxxxx" + whole[28:], b"no gzip at all"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"bad\.jsonl\.gz is damaged or cut short"):
+            read_examples(path)
     path.with_suffix("").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not UTF-8"):
         read_examples(path.with_suffix(""))
