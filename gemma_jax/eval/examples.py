@@ -14,6 +14,7 @@ and ready requests, a line for each choice: `request: {context, continuation}`, 
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,22 +125,30 @@ def joined(context: str, continuation: str) -> Pair:
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file of JSON lines, compressed or not, with the number of each line."""
-    path, number = Path(path), 0
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of JSON lines.")
-    opener = OPENERS.get(path.suffix.lower(), lambda path: path.open("rb"))
+    opener = OPENERS.get(path.suffix.lower())
     try:
-        with reading(str(path)), io.BufferedReader(opener(path)) as file:
-            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise UserError(f"{path}, line {number} is not a JSON object.")
-                    yield number, value
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number} is not valid JSON ({error}).") from None
+        with reading(str(path)):
+            data = io.BufferedReader(opener(path)) if opener else path.open("rb")
+            with io.TextIOWrapper(data, encoding="utf-8-sig") as file:
+                yield from _objects(file, path)
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text after line {number}.") from None
+        raise UserError(f"{path} is not UTF-8 text.") from None
+
+
+def _objects(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not valid JSON ({error}).") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, line {number} is not a JSON object.")
+        yield number, value
 
 
 def _example(line: dict[str, Any], where: str) -> tuple[str, Example]:
@@ -203,9 +212,9 @@ def _ready(
 
 
 def _text(line: dict[str, Any], field: str, where: str) -> str:
-    value = line.get(field)
+    value: Any = line.get(field)
     # A context may be empty; nothing else may.
-    if not isinstance(value, str) or not (value or field == "context"):
+    if not _is_text(value) and not (value == "" and field == "context"):
         raise UserError(f"{where} has {field}={value!r}, which should be a text.")
     return value
 
@@ -215,9 +224,14 @@ def _texts(line: dict[str, Any], field: str, where: str) -> list[str]:
     if not isinstance(values, list) or not values:
         raise UserError(f"{where} has {field}={values!r}, which should be a list of texts.")
     for value in values:
-        if not isinstance(value, str) or not value:
+        if not _is_text(value):
             raise UserError(f"{where} has {value!r} in {field}, which should be a text.")
     return values
+
+
+def _is_text(value: Any) -> bool:
+    # Half of a surrogate pair, which JSON may hold, is no text.
+    return isinstance(value, str) and value != "" and not re.search("[\ud800-\udfff]", value)
 
 
 def _gold(value: Any, count: int, where: str) -> int:

@@ -60,9 +60,9 @@ class GemmaLM(LM):
                     self._tokenizer,
                     pairs,
                     batch_tokens=self._batch_tokens,
+                    advance=advance,
                 )[0]
                 results += [(one.logprob, one.greedy) for one in found]
-                advance(len(pairs))
         return results
 
     def loglikelihood_rolling(

@@ -94,8 +94,12 @@ def score_pairs(
     *,
     batch_tokens: int = 8192,
     advance: Callable[[int], None] = lambda _: None,
+    units: int | None = None,
 ) -> tuple[list[Likelihood], list[int], int]:
-    """(likelihoods, tokens of each continuation, contexts cut at their start) of pairs."""
+    """(likelihoods, tokens of each continuation, contexts cut at their start) of pairs.
+
+    `advance` is told of `units` in all, of one a pair by default.
+    """
     requests: list[Request] = []
     sizes, cut, last = [], 0, None
     for context, continuation in pairs:
@@ -115,8 +119,23 @@ def score_pairs(
         else:
             requests.append(Request(before, [after]))
         last = before
-    found = likelihoods(model, params, requests, batch_tokens=batch_tokens, advance=advance)
-    return [one for request in found for one in request], sizes, cut
+    total = len(pairs) if units is None else units
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        before, done = total * done // len(requests), done + count
+        if new := total * done // len(requests) - before:
+            advance(new)
+
+    found = likelihoods(model, params, requests, batch_tokens=batch_tokens, advance=tell)
+    flat = [one for request in found for one in request]
+    if not all(math.isfinite(one.logprob) for one in flat):
+        raise UserError(
+            "the model gives log-likelihoods that are no numbers; its training has diverged, or "
+            "its weights are damaged."
+        )
+    return flat, sizes, cut
 
 
 def _scored(
@@ -136,11 +155,15 @@ def _scored(
     cut = 0
     for part in parts.values():
         pairs = [pair for number in part for pair in task.examples[number].pairs]
-        share = _Share(len(part), advance)
         found, sizes, own_cut = score_pairs(
-            model, params, tokenizer, pairs, batch_tokens=batch_tokens, advance=share.add
+            model,
+            params,
+            tokenizer,
+            pairs,
+            batch_tokens=batch_tokens,
+            advance=advance,
+            units=len(part),
         )
-        share.finish()
         alone = [pair for number in part for pair in task.examples[number].unconditional]
         base: list[Likelihood] = []
         if alone:
@@ -159,21 +182,6 @@ def _scored(
             )
             at, at_alone = at + n, at_alone + m
     return scores, cut
-
-
-class _Share:
-    """Tells of requests done as examples done: those may be several or a part of one."""
-
-    def __init__(self, examples: int, advance: Callable[[int], None]) -> None:
-        self.left, self._advance = examples, advance
-
-    def add(self, count: int) -> None:
-        if count := min(count, self.left):
-            self.left -= count
-            self._advance(count)
-
-    def finish(self) -> None:
-        self.add(self.left)
 
 
 def example_scores(

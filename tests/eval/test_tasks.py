@@ -1,31 +1,27 @@
 """Tasks against log-probabilities of the plain forward pass, counted by hand."""
 
-import gzip
 import json
-import lzma
 import math
 import re
 import statistics
 
+import jax
+import jax.numpy as jnp
 import pytest
+from example_files import CHOICES, PAIRS, ready, write
 from reference import Reference
 
 from gemma_jax import cli
 from gemma_jax.data.tokenizer import BOS
 from gemma_jax.errors import UserError
 from gemma_jax.eval.answers import matches, write_answers
-from gemma_jax.eval.examples import Example, read_examples, read_task
+from gemma_jax.eval.examples import Example, read_task
 from gemma_jax.eval.likelihood import Likelihood
 from gemma_jax.eval.tasks import encode_pair, example_scores, limited, means, run_task
 from gemma_jax.generation.decode import Generator
 from gemma_jax.runs import load_model
 from gemma_jax.trained import evaluate, evaluate_tasks
 
-CHOICES = [
-    {"query": "def f(x):", "choices": ["return x", "import", "a b c d e f g"], "gold": 0},
-    {"query": "Question: why?\n", "choices": ["because", "no"], "gold": 1},
-    {"query": "The sky is", "choices": ["blue", "a very long answer", "x"], "gold": 2},
-]
 PARTIAL = [
     {"context_options": ["Ann was so Ann", "Ann was so Bo"], "continuation": "left.", "gold": 1},
     {"context_options": ["A", "The other one"], "continuation": "is here", "gold": 0},
@@ -34,11 +30,6 @@ CLOZE = [
     {"context": "In my palm is a clear", "continuation": "stone"},
     {"context": "", "continuation": "Nothing came before"},
     {"context": 'She said "no" and', "continuation": "left"},
-]
-PAIRS = [
-    {"good": "He runs.", "bad": "He run.", "uid": "agreement", "field": "morphology"},
-    {"good": "They run.", "bad": "They runs.", "uid": "agreement", "field": "morphology"},
-    {"good": "Who left?", "bad": "Left who?", "uid": "order", "field": "syntax"},
 ]
 
 
@@ -50,14 +41,6 @@ def loaded(folder):
 @pytest.fixture(scope="module")
 def reference(loaded):
     return Reference(loaded.model, loaded.params, 128)
-
-
-def write(path, lines):
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "wt") as file:
-        file.write(text)
-    return path
 
 
 def scores(loaded, path, **options):
@@ -170,11 +153,6 @@ def test_answers_are_compared_as_texts():
     assert not matches("Sunset", ["Sunset Boulevard"])
 
 
-def ready(doc, idx, context, continuation, label):
-    request = {"context": context, "continuation": continuation}
-    return {"request": request, "doc_id": doc, "idx": idx, "label": label}
-
-
 def test_ready_requests(loaded, reference, tmp_path):
     """With the likelihood of a choice without its question."""
     lines = [
@@ -196,17 +174,6 @@ def test_ready_requests(loaded, reference, tmp_path):
         hits.append(best(gains) == gold)
     check(found["metrics"], "acc_uncond", hits)
     assert found["examples"] == 2
-
-
-def test_examples_before_a_question_are_not_scored(tmp_path):
-    path = write(tmp_path / "choices.jsonl", CHOICES)
-    task = read_task(path, shots=1)
-    assert (len(task.examples), task.shots) == (2, 1)
-    assert task.examples[0].pairs[0][0] == "def f(x): return x\n\nQuestion: why?\n"
-    with pytest.raises(UserError, match="3 examples to take 3 from"):
-        read_task(path, shots=3)
-    with pytest.raises(UserError, match="pairs of sentences"):
-        read_task(write(tmp_path / "pairs.jsonl", PAIRS), shots=1)
 
 
 def test_a_limit_takes_of_every_group(tmp_path):
@@ -241,6 +208,20 @@ def test_each_norm_may_choose_another():
         assert scores == {name: float(name == metric) for name in chosen}
 
 
+def test_a_model_without_numbers_is_refused(loaded, tmp_path):
+    task = read_task(write(tmp_path / "cloze.jsonl", CLOZE))
+    params = jax.tree.map(lambda x: x * jnp.nan, loaded.params)
+    with pytest.raises(UserError, match="log-likelihoods that are no numbers"):
+        run_task(loaded.model, params, loaded.tokenizer, task)
+
+
+def test_progress_ends_at_the_number_of_examples(loaded, tmp_path):
+    for lines in (PARTIAL, PAIRS, CHOICES):
+        done = []
+        scores(loaded, write(tmp_path / "lines.jsonl", lines), advance=done.append)
+        assert sum(done) == len(lines)
+
+
 def test_a_mean_of_one_has_no_error():
     assert means([{"acc": 1.0}]) == {"acc": {"value": 1.0, "stderr": None}}
 
@@ -252,45 +233,6 @@ def test_tokens_are_cut_where_the_context_ends(loaded):
         whole = loaded.tokenizer.encode(context + continuation)
         assert [*before[1:], *after] == whole
         assert after
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"query": "a", "choices": ["b", "c"], "gold": 2}', r"line 1 has gold=2, .* in 0..1\."),
-        ('{"query": "a", "choices": ["b", "c"], "gold": true}', "line 1 has gold=True"),
-        ('{"query": "a", "choices": [], "gold": 0}', r"line 1 has choices=\[\]"),
-        ('{"query": "a", "choices": ["b", 3], "gold": 0}', "line 1 has 3 in choices"),
-        ('{"choices": ["b"], "gold": 0}', "line 1 has query=None"),
-        ('{"context_options": ["b"], "continuation": "c"}', "line 1 has gold=None"),
-        ('{"good": "a", "bad": ""}', "line 1 has bad=''"),
-        ('{"good": "a", "bad": "b"}\n{"context": "a", "continuation": "b"}', "line 2 is of the ki"),
-        ('{"good": "a", "bad": "b"}\n\n{"good": ', "line 3 is not valid JSON"),
-        ("[1]", "line 1 is not a JSON object"),
-        ('{"text": "a"}', "line 1 has the fields text, which make no example"),
-        ("\n", "holds no examples"),
-        ('{"request": {"context": "a", "continuation": "b"}}', "line 1 has no request and doc_id"),
-        (json.dumps(ready(0, 1, "a", "b", 0)), "line 1 has idx 1 where 0 should follow"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, text, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message) as refusal:
-        read_examples(path)
-    assert str(path) in str(refusal.value)
-
-
-def test_a_broken_file_is_named(tmp_path):
-    path = tmp_path / "bad.jsonl.gz"
-    whole = gzip.compress(b'{"good": "a", "bad": "b"}\n' * 999)
-    for broken in (whole[:-20], whole[:20] + b"xxxxxxxx" + whole[28:], b"no gzip at all"):
-        path.write_bytes(broken)
-        with pytest.raises(UserError, match=r"bad\.jsonl\.gz is damaged or cut short"):
-            read_examples(path)
-    path.with_suffix("").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is not UTF-8"):
-        read_examples(path.with_suffix(""))
 
 
 def test_the_command(folder, tmp_path, capsys):
