@@ -183,6 +183,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         )
         _print(arguments, result, report.scores(result))
         return
+    if arguments.limit or arguments.output or arguments.compute_dtype:
+        raise UserError("--limit, --output and --compute-dtype are for tasks; give --tasks too.")
     result = evaluate(
         arguments.checkpoint,
         data=arguments.data,

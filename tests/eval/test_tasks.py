@@ -259,6 +259,7 @@ def test_the_command(folder, tmp_path, capsys):
     [
         (["--tasks", "hellaswg"], "no task 'hellaswg'.*hellaswag, boolq, piqa"),
         (["--tasks", ","], "give at least one task"),
+        (["--source", "x", "--output", "y"], "are for tasks; give --tasks too"),
         (["--tasks", "no/such.jsonl"], "no/such.jsonl does not exist"),
         (["--tasks", "piqa", "--source", "x"], "either tasks .* or text"),
     ],
