@@ -154,8 +154,23 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from gemma_jax.trained import evaluate
+    from gemma_jax.trained import evaluate, evaluate_tasks
 
+    if arguments.tasks is not None:
+        if arguments.data or arguments.source:
+            raise UserError("give either tasks (--tasks) or text (--data, --source), not both.")
+        result = evaluate_tasks(
+            arguments.checkpoint,
+            [name for name in arguments.tasks.split(",") if name],
+            limit=arguments.limit,
+            batch_tokens=arguments.batch_tokens,
+            compute_dtype=arguments.compute_dtype,
+            output=arguments.output,
+        )
+        report.emit(arguments, result, report.scores(result))
+        return
+    if arguments.limit or arguments.output or arguments.compute_dtype:
+        raise UserError("--limit, --output and --compute-dtype are for tasks; give --tasks too.")
     result = evaluate(
         arguments.checkpoint,
         data=arguments.data,

@@ -43,6 +43,26 @@ def tokens(manifest: Mapping[str, Any], folder: str | Path) -> str:
     return "\n".join(lines)
 
 
+def scores(result: Mapping[str, Any]) -> str:
+    """The result of tasks; the metric to compare is marked."""
+    rows = [("task", "shots", "examples", "metric", "value", "±")]
+    for name, task in result["tasks"].items():
+        head = (name, str(task["shots"]), f"{task['examples']:,}")
+        for metric, found in task["metrics"].items():
+            mark = "*" if metric == task["primary"] else ""
+            error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
+            rows.append((*head, metric + mark, f"{found['value']:.4f}", error))
+            head = ("", "", "")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if column in (1, 2, 4, 5) else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
 def shards(manifest: Mapping[str, Any], folder: str | Path) -> str:
     """The manifest of teacher shards."""
     count = max(manifest["num_tokens"], 1)

@@ -233,9 +233,13 @@ def no_run(folder: Path) -> UserError:
 
 
 def trained_seq_len(folder: str | Path) -> int:
-    """Tokens a sequence that a run (or the run of a checkpoint) was trained with."""
-    folder = Path(folder)
-    folder = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+    """Tokens a sequence that a run (or the run of a checkpoint) was trained with.
+
+    Of an imported model, which does not know: its context, up to 2048.
+    """
+    folder = run_and_step(folder)[0]
+    if not (folder / EXPERIMENT).exists():
+        return min(read_config(folder / MODEL).max_seq_len, 2048)
     settings = read_json(folder / EXPERIMENT, "the settings of a run")
     try:
         return int(settings["experiment"]["seq_len"])

@@ -1,6 +1,10 @@
-"""What one does with a trained run: score text, let it teach."""
+"""What one does with a trained run: score text and tasks, let it teach."""
 
+import importlib.util
 import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,12 @@ from gemma_jax.distill.shards import JOB, TeacherShards, is_complete
 from gemma_jax.distill.teacher import Teacher, TeacherJob, write_teacher_shards
 from gemma_jax.distill.verify import verify_teacher_shards
 from gemma_jax.errors import UserError
+from gemma_jax.eval import sets
 from gemma_jax.eval.perplexity import make_evaluation
+from gemma_jax.eval.tasks import limited, run_task
 from gemma_jax.files import read_json, write_json
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.progress import progress
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout, MeshConfig, make_layout
 
@@ -71,6 +79,72 @@ def evaluate(
             show_progress=True,
         )
         return measure(loaded.params)
+
+
+def evaluate_tasks(
+    folder: str | Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_tokens: int = 8192,
+    compute_dtype: str | None = None,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Scores of a run, one of its checkpoints or an imported model on tasks, on the first device.
+
+    Args:
+      tasks: names of standard sets (`eval.sets`) or files of JSON lines (`eval.examples`).
+      limit: examples of each task at most.
+      batch_tokens: tokens at once; more is faster, until the memory is full.
+      compute_dtype: "float32" or "bfloat16" instead of the model's own.
+      output: a JSON file for the result, written anew after each task.
+
+    Returns {"checkpoint", "compute_dtype", "limit", "tasks": {name: see `eval.tasks.run_task`}}.
+    """
+    if not tasks:
+        raise UserError(f"give at least one task: a file or one of {', '.join(sets.NAMES)}.")
+    _at_least_one("limit", 1 if limit is None else limit)
+    _at_least_one("batch_tokens", batch_tokens)
+    runs.run_and_step(folder)  # refuses what is no run before any set is read
+    chosen = [sets.read(name) for name in tasks]
+    loaded = _load(folder, compute_dtype)
+    model = loaded.model
+    result: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "compute_dtype": model.config.compute_dtype,
+        "limit": limit,
+        "tasks": {},
+    }
+    for task in chosen:
+        if output is not None:
+            write_json(output, result)
+        began = time.monotonic()
+        task = replace(task, examples=tuple(limited(task, limit)))
+        with progress(task.name, len(task.examples)) as advance:
+            scores = run_task(
+                model,
+                loaded.params,
+                loaded.tokenizer,
+                task,
+                batch_tokens=batch_tokens,
+                advance=advance,
+            )
+        result["tasks"][task.name] = {**scores, "seconds": time.monotonic() - began}
+    if output is not None:
+        write_json(output, result)
+    return result
+
+
+def lm_eval_model(
+    folder: str | Path, *, batch_tokens: int = 8192, compute_dtype: str | None = None
+) -> Any:
+    """The model of a run as an `LM` for lm-evaluation-harness (see `eval.lm_eval`)."""
+    if not importlib.util.find_spec("lm_eval"):
+        raise UserError("lm-eval is not installed; install gemma-jax[lm-eval].")
+    from gemma_jax.eval.lm_eval import GemmaLM
+
+    loaded = _load(folder, compute_dtype)
+    return GemmaLM(loaded.model, loaded.params, loaded.tokenizer, batch_tokens=batch_tokens)
 
 
 def write_shards(
@@ -204,6 +278,15 @@ def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teach
         softcap=loaded.model.config.final_softcap,
         batch_sharding=layout.batch_sharding(),
     )
+
+
+def _load(folder: str | Path, compute_dtype: str | None) -> runs.LoadedModel:
+    """A run's model on the first device, computing in another type if told to."""
+    loaded = runs.load_model(folder)
+    if compute_dtype is None:
+        return loaded
+    config = replace(loaded.model.config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
+    return replace(loaded, model=Transformer(config))
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -28,7 +28,10 @@ OPTIONS = {
     },
     "teacher verify": {"--checkpoint", "--json", "--sample"},
     "sweep": {"--arg", "--json", "--seeds", "--set"},
-    "eval": {"--batch-size", "--data", "--json", "--seq-len", "--source", "--text-field"},
+    "eval": {
+        *("--batch-size", "--batch-tokens", "--compute-dtype", "--data", "--json", "--limit"),
+        *("--output", "--seq-len", "--source", "--tasks", "--text-field"),
+    },
     "generate": {
         *("--chat", "--file", "--json", "--logprobs", "--max-new-tokens", "--min-p", "--prompt"),
         *("--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p"),

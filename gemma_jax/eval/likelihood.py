@@ -21,6 +21,7 @@ from gemma_jax.ops.vocab_loss import vocab_loss
 
 _MIN_SHARED = 32  # tokens in common below which a second program is not worth it
 _MIN_BUCKET = 16
+_SHARED_BUCKET = 256
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ def likelihoods(
     shared = _shared([request.context for request in requests])
     results: list[list[Likelihood]] = [[] for _ in requests]
     start = _read_shared(model, params, requests[0].context[:shared]) if shared else None
+    # Rounded too: tasks of like lengths (the subjects of one set) then share their programs.
+    room = -(-shared // _SHARED_BUCKET) * _SHARED_BUCKET
     for batch, shape in _batches(requests, shared, batch_tokens):
         scores = _score(
-            model, shape.length + shared, params, start, *_arrays(requests, batch, shared, shape)
+            model, shape.length + room, params, start, *_arrays(requests, batch, shared, shape)
         )
         logprobs, greedy = jax.device_get(scores)
         for row, number in enumerate(batch):

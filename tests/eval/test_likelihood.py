@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import Reference
 
 from gemma_jax.errors import UserError
 from gemma_jax.eval import likelihood
@@ -25,17 +26,9 @@ def params(model):
     )
 
 
-def by_hand(model, params, request):
-    """(log-probability, greedy) of each continuation, each read on its own."""
-    results = []
-    for continuation in request.continuations:
-        tokens = jnp.asarray([[*request.context, *continuation]], jnp.int32)
-        logits = np.asarray(model.logits(params, model.hidden(params, tokens))[0], np.float64)
-        logits = logits[len(request.context) - 1 : -1]
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        chosen = logprobs[np.arange(len(continuation)), continuation]
-        results.append((chosen.sum(), bool((chosen == logprobs.max(-1)).all())))
-    return results
+@pytest.fixture(scope="module")
+def reference(model, params):
+    return Reference(model, params, 64)
 
 
 def drawn(rng, *, shared):
@@ -55,7 +48,9 @@ def drawn(rng, *, shared):
 
 
 @pytest.mark.parametrize(("shared", "batch_tokens"), [(0, 8192), (0, 1), (12, 8192), (12, 64)])
-def test_each_continuation_is_scored_as_if_alone(model, params, shared, batch_tokens, monkeypatch):
+def test_each_continuation_is_scored_as_if_alone(
+    model, params, reference, shared, batch_tokens, monkeypatch
+):
     monkeypatch.setattr(likelihood, "_MIN_SHARED", 4)
     monkeypatch.setattr(likelihood, "_MIN_BUCKET", 4)
     requests = drawn(np.random.default_rng(shared), shared=shared)
@@ -63,15 +58,14 @@ def test_each_continuation_is_scored_as_if_alone(model, params, shared, batch_to
     found = likelihoods(model, params, requests, batch_tokens=batch_tokens, advance=done.append)
     assert sum(done) == len(requests)
     for request, scores in zip(requests, found, strict=True):
-        expected = by_hand(model, params, request)
+        expected = [reference(request.context, one) for one in request.continuations]
         np.testing.assert_allclose([s.logprob for s in scores], [e[0] for e in expected], rtol=2e-5)
         assert [s.greedy for s in scores] == [e[1] for e in expected]
 
 
-def test_what_the_model_would_say_is_greedy(model, params):
+def test_what_the_model_would_say_is_greedy(model, params, reference):
     context = [2, 5, 9]
-    logits = model.logits(params, model.hidden(params, jnp.asarray([context], jnp.int32)))[0, -1]
-    best = int(logits.argmax())
+    best = int(reference.all(context)[-1].argmax())
     ((yes, no),) = likelihoods(model, params, [Request(context, [[best], [(best + 1) % 128]])])
     assert yes.greedy
     assert not no.greedy
