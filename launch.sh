@@ -3,6 +3,7 @@
 #
 #   ./launch.sh VERB ...    python -m gemma_jax VERB ..., from any folder
 #   ./launch.sh test ...    pytest ..., in this folder, with the tools of the dev extra
+#   ./launch.sh test clients ...    the tests against transformers, llama.cpp and mlx-lm alone
 #
 # GEMMA_JAX_EXTRA=cuda,wandb names the extras to install in place of the one that fits the
 # hardware. To start over, delete .venv.
@@ -116,6 +117,10 @@ fi
 
 if [[ ${1:-} == test ]]; then
   cd -- "$root"
+  if [[ ${2:-} == clients ]]; then
+    "$python" tests/clients/install.py # each client has an environment of its own
+    exec "$python" -m pytest -m clients -rs "${@:3}"
+  fi
   exec "$python" -m pytest "${@:2}"
 fi
 exec "$python" -P -m gemma_jax "$@" # -P: the folder where the user stands shadows no module

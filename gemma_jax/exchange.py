@@ -90,7 +90,8 @@ def export_model(
                 write_json(folder / hf.GENERATION, hf.generation_config(tokenizer.vocab_size))
                 write_text(folder / "README.md", _card(run, config, dtype))
         else:
-            fields = gguf.to_fields(config, tokenizers.to_gguf(tokenizer), dtype, run.name)
+            vocabulary = tokenizers.to_gguf(tokenizer, config.vocab_size)
+            fields = gguf.to_fields(config, vocabulary, dtype, run.name)
             with _gguf_file(dest, f"{run.name}-{dtype}.gguf") as file:
                 gguf.write_model(file, fields, weights, read, dtype)
     return {"path": str(dest), "format": format, "dtype": dtype, "parameters": _size(weights)}

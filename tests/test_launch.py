@@ -99,6 +99,15 @@ def test_tests_run_in_the_repository_with_the_dev_extra(sandbox: Sandbox) -> Non
     assert f"-c {sandbox.root}/constraints.txt" in sandbox.installations[0]
 
 
+def test_clients_are_installed_before_their_tests(sandbox: Sandbox) -> None:
+    code, out, _ = sandbox.run("test", "clients", "-k", "mlx")
+    assert code == 0
+    assert out == (
+        f"<tests/clients/install.py>{sandbox.root}\n"
+        f"<-m><pytest><-m><clients><-rs><-k><mlx>{sandbox.root}\n"
+    )
+
+
 def test_installs_once(sandbox: Sandbox) -> None:
     for args in (["eval"], ["eval"], ["test"], ["test"], ["eval"]):
         sandbox.run(*args)

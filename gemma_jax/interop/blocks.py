@@ -35,7 +35,8 @@ def pack_q8_0(rows: np.ndarray) -> np.ndarray:
 
 
 def _inverse(d: np.ndarray) -> np.ndarray:
-    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
+    """1 / d; 0 where that would overflow, far below the smallest float16 scale."""
+    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=np.abs(d) > 2.0**-127)
 
 
 def _joined(d: np.ndarray, quants: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

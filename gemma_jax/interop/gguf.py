@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType
 from gemma_jax.errors import UserError
 from gemma_jax.interop.blocks import BLOCK, pack_q4_0, pack_q8_0
 from gemma_jax.interop.gguf_file import GgufFile, TensorInfo, write_gguf
-from gemma_jax.interop.names import Weight, pattern_of
-from gemma_jax.model.config import ModelConfig
+from gemma_jax.interop.names import Weight, check_layers, pattern_of
+from gemma_jax.model.config import GLOBAL, LOCAL, ModelConfig
 
 ARCHITECTURE = "gemma3"
 _EXACT_NORMS = "gemma_jax.norms"  # every norm's w in float32, in the order of the tensors
@@ -44,7 +44,9 @@ def read_config(file: GgufFile) -> ModelConfig:
         )
     try:
         return _config(file)
-    except (TypeError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise UserError(
             f"{where} does not describe a Gemma 3 model: {error!r}; fetch it again."
         ) from error
@@ -63,12 +65,14 @@ def _config(file: GgufFile) -> ModelConfig:
     if scaling not in ("none", "linear"):
         raise UserError(f"{file.where} has RoPE scaling {scaling!r}; only linear can be imported.")
     embedding = file.shapes.get("token_embd.weight")
-    if embedding is None or not 0 < layers <= len(file.tensors):
-        raise UserError(
-            f"{file.where} has no tensor token_embd.weight, or fewer tensors than its {layers} "
-            "layers need; fetch it again."
-        )
+    if embedding is None:
+        raise UserError(f"{file.where} has no tensor token_embd.weight; fetch it again.")
+    check_layers(layers, file.where)
     softcap = float(get("final_logit_softcapping", 0.0))
+    window = int(get("attention.sliding_window", 0))
+    letters = _letters(get("attention.sliding_window_pattern", 6), layers, file)
+    if not window:
+        window, letters = int(get("context_length")), GLOBAL * layers
     return ModelConfig(
         vocab_size=embedding[0],
         embed_dim=width,
@@ -78,8 +82,8 @@ def _config(file: GgufFile) -> ModelConfig:
         num_kv_heads=int(get("attention.head_count_kv", heads)),
         head_dim=head_dim,
         max_seq_len=int(get("context_length")),
-        attn_pattern=pattern_of(_letters(get("attention.sliding_window_pattern", 6), layers, file)),
-        sliding_window=int(get("attention.sliding_window", get("context_length"))),
+        attn_pattern=pattern_of(letters),
+        sliding_window=window,
         local_rope_base=float(get("rope.freq_base_swa", 10_000.0)),
         global_rope_base=float(get("rope.freq_base", 10_000.0)),
         global_rope_scale=float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0,
@@ -118,6 +122,8 @@ class GgufTensors:
         self.where, self._file = file.where, file
         self._norms: dict[str, np.ndarray | None] = {}
         exact, at = file.fields.get(_EXACT_NORMS), 0
+        if not isinstance(exact, np.ndarray) or exact.dtype != np.float32:
+            exact = None
         for weight in weights:
             if weight.kind == "norm":
                 end = at + weight.shape[0]
@@ -158,11 +164,12 @@ def to_fields(config: ModelConfig, tokenizer: Mapping[str, Any], dtype: str, nam
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "attention.sliding_window": config.sliding_window,
-        "attention.sliding_window_pattern": [letter == "L" for letter in config.layer_letters],
         "rope.freq_base": float(config.global_rope_base),
         "rope.freq_base_swa": float(config.local_rope_base),
     }
+    if LOCAL in config.layer_letters:  # a window that no layer has ends llama.cpp
+        own["attention.sliding_window"] = config.sliding_window
+        own["attention.sliding_window_pattern"] = [x == LOCAL for x in config.layer_letters]
     if config.global_rope_scale != 1:
         own["rope.scaling.type"] = "linear"
         own["rope.scaling.factor"] = float(config.global_rope_scale)

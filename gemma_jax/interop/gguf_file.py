@@ -111,6 +111,8 @@ class GgufFile:
         self.fields: dict[str, Any] = {}
         for _ in range(num_fields):
             key = self._string("a metadata key")
+            if key in self.fields:
+                raise ValueError(f"metadata {key} comes twice")
             self.fields[key] = self._value(self._number(_UINT32), key)
         alignment = self.fields.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
@@ -158,7 +160,7 @@ class GgufFile:
             return [self._string(key) for _ in range(count)]
         if item not in _NUMBERS:
             raise ValueError(f"metadata {key} holds the type {item} in an array")
-        dtype = np.dtype(_NUMBERS[item].replace("?", "?"))
+        dtype = np.dtype(_NUMBERS[item])
         self._check_count(count, dtype.itemsize, f"numbers in {key}")
         return np.frombuffer(self._take(count * dtype.itemsize), dtype)
 

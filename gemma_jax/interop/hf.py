@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, PAD
 from gemma_jax.errors import UserError
 from gemma_jax.files import disk_errors, read_json
-from gemma_jax.interop.names import Weight, pattern_of
+from gemma_jax.interop.names import Weight, check_layers, pattern_of
 from gemma_jax.model.config import ModelConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -45,7 +45,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, bool]:
     values = read_json(path, "the settings of a Hugging Face model")
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the settings of a model; fetch it again.")
-    architecture = (values.get("architectures") or ["none"])[0]
+    names = values.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else names
     if architecture not in (_TEXT, _MULTIMODAL):
         raise UserError(
             f"{path} describes the architecture {architecture}; only {_TEXT} and {_MULTIMODAL} "
@@ -55,7 +56,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, bool]:
         values = values.get("text_config") or {}
     try:
         return _config(values, path), architecture == _MULTIMODAL
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{path} does not describe a Gemma 3 model: {error!r}; fetch it again."
         ) from error
@@ -74,6 +77,7 @@ def _config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         if get(name, fixed) != fixed:
             raise UserError(f"{path} has {name}={values[name]!r}; only {fixed!r} can be imported.")
     layers = int(get("num_hidden_layers", 26))
+    check_layers(layers, str(path))
     ropes = _ropes(values, path)
     head_dim, scalar = int(get("head_dim", 256)), float(get("query_pre_attn_scalar", 256))
     return ModelConfig(
@@ -138,9 +142,7 @@ def _ropes(values: Mapping[str, Any], path: Path) -> dict[str, tuple[float, floa
 
 def to_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json of a model; refuses what Gemma3ForCausalLM cannot be."""
-    for name, value in (("qk_norm", config.qk_norm), ("post_norms", config.post_norms)):
-        if not value:
-            raise UserError(f"model.{name}=False cannot be said to transformers' {_TEXT}.")
+    _check(config)
 
     def rope(letter: str) -> dict[str, Any]:
         base, scale = config.rope(letter)
@@ -151,7 +153,6 @@ def to_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     types = {"L": _LOCAL, "G": _GLOBAL}
     local, whole = rope("L"), rope("G")
     names = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-    scalar = config.q_scale**-2
     return {
         "architectures": [_TEXT],
         "model_type": "gemma3_text",
@@ -175,7 +176,7 @@ def to_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_scaling": (
             {"rope_type": "linear", "factor": whole["factor"]} if "factor" in whole else None
         ),
-        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-9 else scalar,
+        "query_pre_attn_scalar": round(config.q_scale**-2),
         "attn_logit_softcapping": config.attn_softcap,
         "final_logit_softcapping": config.final_softcap,
         "tie_word_embeddings": config.tied_embedding,
@@ -190,6 +191,26 @@ def to_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "eos_token_id": EOS,
         "bos_token_id": BOS,
     }
+
+
+def _check(config: ModelConfig) -> None:
+    c, scalar = config, config.q_scale**-2
+    for problem, how in (
+        (not c.qk_norm, "qk_norm=False"),
+        (not c.post_norms, "post_norms=False"),
+        # The setting exists, and its layers leave it out.
+        (c.attn_softcap is not None, f"attn_softcap={c.attn_softcap}"),
+        (
+            c.embed_dim % c.num_heads != 0,
+            f"embed_dim={c.embed_dim} that is no multiple of num_heads={c.num_heads}",
+        ),
+        (
+            abs(scalar - round(scalar)) > 1e-6 * scalar,
+            f"query_scale={c.q_scale:.6g} that is no integer to the power -1/2",
+        ),
+    ):
+        if problem:
+            raise UserError(f"transformers' {_TEXT} cannot be told model.{how}.")
 
 
 def generation_config(vocab_size: int) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from gemma_jax.errors import UserError
 from gemma_jax.model.config import ModelConfig
+
+_MAX_LAYERS = 512  # llama.cpp's limit
 
 Kind = Literal["embedding", "matrix", "norm"]
 
@@ -81,10 +84,18 @@ def weight_table(config: ModelConfig) -> list[Weight]:
     return table
 
 
+def check_layers(layers: int, where: str) -> None:
+    """Refuses a number that no model has, before anything is made a layer."""
+    if not 0 < layers <= _MAX_LAYERS:
+        raise UserError(
+            f"{where} has {layers} layers, which must be 1 to {_MAX_LAYERS}; fetch it again."
+        )
+
+
 def pattern_of(letters: str) -> str:
     """The shortest `attn_pattern` that gives these letters, one a layer."""
     for length in range(1, len(letters) + 1):
-        if (letters[:length] * len(letters))[: len(letters)] == letters:
+        if (letters[:length] * (len(letters) // length + 1)).startswith(letters):
             return letters[:length]
     return letters
 

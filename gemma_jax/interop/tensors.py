@@ -44,7 +44,7 @@ def check_names(tensors: Tensors, wanted: Mapping[str, Weight]) -> None:
 
 
 def pieces(tensors: Tensors, name: str, weight: Weight) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(first row, end, values in our layout): an embedding in pieces, all else whole."""
+    """(first row, end, values), all in our layout: an embedding in pieces, all else whole."""
     rows = weight.foreign_shape[0]
     step = rows
     if weight.kind == "embedding":
@@ -56,7 +56,8 @@ def pieces(tensors: Tensors, name: str, weight: Weight) -> Iterator[tuple[int, i
             raise UserError(
                 f"tensor {name} of {tensors.where} holds NaN or infinity; fetch it again."
             )
-        yield start, stop, weight.from_foreign(value)
+        value = weight.from_foreign(value)
+        yield start, start + len(value), value
 
 
 def by_name(weights: Iterable[Weight], attribute: str) -> dict[str, Weight]:

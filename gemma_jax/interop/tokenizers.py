@@ -16,7 +16,7 @@ from gemma_jax.data.chat import CHAT_TEMPLATE, has_turn_pieces
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, MODEL_FILE, PAD, SPACE, UNK, Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.interop import tokenizer_json
-from gemma_jax.interop.pieces import CONTROL, USER_DEFINED, build, read
+from gemma_jax.interop.pieces import CONTROL, UNUSED, USER_DEFINED, build, read
 
 _KEY = "tokenizer.ggml."
 
@@ -51,28 +51,37 @@ def from_gguf(fields: Mapping[str, Any], name: str) -> Tokenizer:
     pieces = [str(token) for token in _field(fields, "tokens", name)]
     scores = _numbers(fields, "scores", np.float32, len(pieces), name)
     types = _numbers(fields, "token_type", np.int32, len(pieces), name)
+    while len(pieces) > UNK + 1 and types[-1] == UNUSED and pieces[-1] == _pad(len(pieces) - 1):
+        pieces, scores, types = pieces[:-1], scores[:-1], types[:-1]
     for i in np.flatnonzero(types == USER_DEFINED):
         pieces[i] = pieces[i].replace(" ", SPACE)
     return build(pieces, scores.tolist(), types.tolist(), name)
 
 
-def to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
+def to_gguf(tokenizer: Tokenizer, vocab_size: int | None = None) -> dict[str, Any]:
     """The GGUF metadata with which llama.cpp tokenises as `tokenizer` does.
 
-    Integers stand for UINT32, `scores` is float32 [V] and `token_type` int32 [V].
+    Integers stand for UINT32, `scores` is float32 [V] and `token_type` int32 [V]. llama.cpp wants a
+    piece for every row of the embedding: where `vocab_size` is more, unused ones follow.
     """
     proto = read(tokenizer)
     control = set(tokenizer.control_ids.values()) - {UNK}
     types = [CONTROL if i in control else piece.type for i, piece in enumerate(proto.pieces)]
+    # llama.cpp looks for user-defined pieces before it writes U+2581 for spaces
+    tokens = [
+        piece.piece.replace(SPACE, " ") if kind == USER_DEFINED else piece.piece
+        for piece, kind in zip(proto.pieces, types, strict=True)
+    ]
+    scores = [piece.score for piece in proto.pieces]
+    for i in range(len(tokens), vocab_size or 0):
+        tokens.append(_pad(i))
+        scores.append(0.0)
+        types.append(UNUSED)
     fields = {
         "model": "llama",
         "pre": "default",
-        # llama.cpp looks for user-defined pieces before it writes U+2581 for spaces
-        "tokens": [
-            piece.piece.replace(SPACE, " ") if kind == USER_DEFINED else piece.piece
-            for piece, kind in zip(proto.pieces, types, strict=True)
-        ],
-        "scores": np.array([piece.score for piece in proto.pieces], np.float32),
+        "tokens": tokens,
+        "scores": np.array(scores, np.float32),
         "token_type": np.array(types, np.int32),
         "bos_token_id": BOS,
         "eos_token_id": EOS,
@@ -147,6 +156,11 @@ def _tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
     if has_turn_pieces(tokenizer):
         config["chat_template"] = CHAT_TEMPLATE
     return config
+
+
+def _pad(i: int) -> str:
+    """The name of a row without a piece, as llama.cpp's own converter gives it."""
+    return f"[PAD{i}]"
 
 
 def _field(fields: Mapping[str, Any], key: str, name: str) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real_files
 import sentencepiece
 from goldens.tokenizer_cases import CHATS, CONTROL_TEXTS, TEXTS
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -18,9 +19,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from gemma_jax.data.chat import encode_chat
 from gemma_jax.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
+from gemma_jax.interop.gguf_file import GgufFile
 from gemma_jax.interop.tokenizers import from_gguf, from_hf, to_gguf, to_hf
-
-from . import real_files
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 IDS = json.loads((GOLDENS / "tokenizers.json").read_text())
@@ -35,8 +35,7 @@ def tiny() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def real() -> Tokenizer:
-    metadata = real_files.gguf_metadata(real_files.path("gemma.gguf"))
-    return from_gguf(metadata, "gemma.gguf")
+    return from_gguf(GgufFile(real_files.MODEL).fields, "gemma.gguf")
 
 
 def check_equal(a: Tokenizer, b: Tokenizer) -> None:
@@ -64,6 +63,13 @@ def from_json(folder: Path) -> Tokenizer:
 
 def test_gguf_there_and_back(tiny: Tokenizer) -> None:
     check_equal(tiny, from_gguf(to_gguf(tiny), "a.gguf"))
+
+
+def test_rows_without_a_piece_are_unused_pieces(tiny: Tokenizer) -> None:
+    fields = to_gguf(tiny, 700)
+    assert len(fields[KEY + "tokens"]) == len(fields[KEY + "scores"]) == 700
+    assert fields[KEY + "token_type"][640:].tolist() == [5] * 60
+    assert from_gguf(fields, "a.gguf").hash == from_gguf(to_gguf(tiny), "a.gguf").hash
 
 
 def test_gguf_says_what_llama_cpp_needs(tiny: Tokenizer) -> None:
@@ -234,8 +240,9 @@ class TestReal:
         to_hf(real, tmp_path, context=32768)
         check_equal(real, from_json(tmp_path))
 
+    @real_files.needs_tokenizer
     def test_both_sources_hold_the_same_pieces(self, real: Tokenizer) -> None:
-        other = from_hf(real_files.path(""))
+        other = from_hf(real_files.FOLDER)
         check_equal(real, other)
         a, b = (ModelProto.FromString(tokenizer.model).pieces for tokenizer in (real, other))
         assert [(p.piece, p.type) for p in a] == [(p.piece, p.type) for p in b]
