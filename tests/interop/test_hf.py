@@ -203,7 +203,7 @@ def test_bad_indices(folder: Path) -> None:
         refused(folder, match)
 
     refused_index({}, "is no index of files")
-    refused_index([], "is no index of files")
+    refused_index([], "is not the index of a model.s files")
     refused_index({"weight_map": {"a": "../a.safetensors"}}, "outside of the folder")
     refused_index({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing")
     refused_index({"weight_map": {NORM: first.name}}, "has no tensor model")
