@@ -40,5 +40,6 @@ def _inverse(d: np.ndarray) -> np.ndarray:
 
 
 def _joined(d: np.ndarray, quants: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    scales = d.astype("<f2").view(np.uint8).reshape(-1, 2)
+    with np.errstate(over="ignore"):  # to infinity, as in ggml; whoever writes a file refuses it
+        scales = d.astype("<f2").view(np.uint8).reshape(-1, 2)
     return np.concatenate([scales, quants], axis=1).reshape(shape[0], -1)

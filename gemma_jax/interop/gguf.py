@@ -229,6 +229,11 @@ def write_model(
             yield _bytes(norms[weight.gguf].astype("<f4") + np.float32(1))
             return
         for rows in read(weight):
+            if (largest := float(np.abs(rows).max())) > _LARGEST.get(dtype, np.inf):
+                raise UserError(
+                    f"{weight.gguf} holds a value of magnitude {largest:.6g}, too large for "
+                    f"{dtype}; choose f32 or bf16."
+                )
             yield _bytes(_PACK[dtype](rows))
 
     write_gguf(path, fields, infos, ((weight.gguf, content(weight)) for weight in weights))
@@ -241,6 +246,10 @@ _PACK: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "q8_0": pack_q8_0,
     "q4_0": pack_q4_0,
 }
+
+
+# Beyond these a float16, or the float16 scale of a block, overflows.
+_LARGEST = {"f16": 65504.0, "q4_0": 65504.0 * 8, "q8_0": 65504.0 * 127}
 
 
 def _bytes(values: np.ndarray) -> memoryview:

@@ -13,8 +13,9 @@ from models import config, make_run
 from gemma_jax.errors import UserError
 from gemma_jax.exchange import export_model, import_model
 from gemma_jax.interop.blocks import pack_q4_0, pack_q8_0
-from gemma_jax.interop.gguf import read_config
+from gemma_jax.interop.gguf import read_config, write_model
 from gemma_jax.interop.gguf_file import GgufFile, TensorInfo, write_gguf
+from gemma_jax.interop.names import weight_table
 
 Q = GGMLQuantizationType
 NORM = "blk.2.attn_norm.weight"
@@ -198,3 +199,15 @@ def test_blocks_by_hand() -> None:
     assert packed[0, 2:6].view(np.int8).tolist() == [127, -127, 64, 0]
     assert not pack_q8_0(np.zeros((1, 32), np.float32)).any()
     assert np.isfinite(pack_q4_0(np.full((1, 32), 1e-42, np.float32))).all()
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+def test_what_a_half_cannot_hold_is_refused(tmp_path: Path, dtype: str) -> None:
+    table = {weight.gguf: weight for weight in weight_table(config())}
+    norm, up = table[NORM], table["blk.1.ffn_up.weight"]
+    rows = {NORM: np.zeros(norm.shape, np.float32), up.gguf: np.ones(up.foreign_shape, np.float32)}
+    rows[up.gguf][5, 7] = -1e8
+    with pytest.raises(UserError, match=rf"{up.gguf} .* 1e\+08, too large for {dtype}"):
+        write_model(
+            tmp_path / "x.gguf", {}, [up, norm], lambda weight: iter([rows[weight.gguf]]), dtype
+        )
