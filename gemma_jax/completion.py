@@ -1,39 +1,19 @@
 """Text in, text out: completions of prompts and conversations with the model of a run folder."""
 
-import codecs
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
 from gemma_jax import runs
 from gemma_jax.data.chat import encode_chat
-from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
+from gemma_jax.data.tokenizer import BOS, END_OF_TURN
 from gemma_jax.errors import UserError
 from gemma_jax.generation.decode import Generator, State
 from gemma_jax.generation.sampling import Sampling
-from gemma_jax.model.transformer import Transformer
-from gemma_jax.settings import override
-
-STOP_IDS = (EOS, END_OF_TURN)
-_STRIDE = 8  # steps between two looks at the text
-_BATCH = 16
+from gemma_jax.generation.text import STOP_IDS, STRIDE, TextCompletion, Writer, write_texts
 
 type Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a conversation
-
-
-class TextCompletion(NamedTuple):
-    """`text` continues the prompt; `tokens` and `logprobs` (nats) are what it was decoded from.
-
-    A stop string is cut off the text, not off the tokens. `stopped` is False where the limit ended
-    it.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    stopped: bool
 
 
 class TextGenerator:
@@ -44,13 +24,12 @@ class TextGenerator:
 
         The compute dtype is the model's own; on a CPU, which has no fast bfloat16, float32.
         """
-        loaded = runs.load_model(folder)
-        dtype = compute_dtype or ("float32" if jax.default_backend() == "cpu" else None)
-        config = loaded.model.config
-        if dtype is not None:
-            config = override(config, {"compute_dtype": dtype})
+        on_cpu = jax.default_backend() == "cpu"
+        loaded = runs.load_model(
+            folder, compute_dtype=compute_dtype or ("float32" if on_cpu else None)
+        )
         self.tokenizer = loaded.tokenizer
-        self.generator = Generator(Transformer(config), loaded.params)
+        self.generator = Generator(loaded.model, loaded.params)
 
     @property
     def context(self) -> int:
@@ -70,31 +49,15 @@ class TextGenerator:
         A prompt's result depends on itself and its seed (0, 1, ... by default) alone. `stop` are
         texts that end a completion.
         """
-        ids = [self._encode(prompt) for prompt in prompts]
-        own = list(range(len(ids))) if seeds is None else list(seeds)
-        results: list[TextCompletion] = []
-        for first in range(0, len(ids), _BATCH):
-            part = slice(first, first + _BATCH)
-            writers = [_Writer(self.tokenizer, stop) for _ in ids[part]]
-            stream = self.generator.stream(
-                ids[part],
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                seeds=own[part],
-                stop_ids=STOP_IDS,
-                stride=_STRIDE if stop else max_new_tokens,
-            )
-            ended: list[int] | None = None
-            while True:
-                try:
-                    tokens, logprobs = stream.send(ended)
-                except StopIteration:
-                    break
-                for writer, *row in zip(writers, tokens, logprobs, strict=True):
-                    writer.add(*row)
-                ended = [i for i, writer in enumerate(writers) if writer.stopped]
-            results += [writer.result() for writer in writers]
-        return results
+        return write_texts(
+            self.generator,
+            self.tokenizer,
+            [self._encode(prompt) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seeds=seeds,
+            stop=stop,
+        )
 
     def stream(
         self,
@@ -106,14 +69,14 @@ class TextGenerator:
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """The continuation of one prompt, in pieces as it is written."""
-        writer = _Writer(self.tokenizer, stop)
+        writer = Writer(self.tokenizer, stop)
         for tokens, logprobs in self.generator.stream(
             [self._encode(prompt)],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seeds=[seed],
             stop_ids=STOP_IDS,
-            stride=_STRIDE,
+            stride=STRIDE,
         ):
             yield writer.add(tokens[0], logprobs[0])
             if writer.stopped:
@@ -154,11 +117,11 @@ class Conversation:
             ending = [] if self._ids[-1] == END_OF_TURN else [END_OF_TURN]
             turn = [*ending, *tokenizer.encode("\n"), *turn[1:]]  # without BOS
         self._feed(turn)
-        writer = _Writer(tokenizer, ())
-        for left in range(self._limit, 0, -_STRIDE):
+        writer = Writer(tokenizer, ())
+        for left in range(self._limit, 0, -STRIDE):
             assert self._state is not None
             self._state, tokens, logprobs = self._writer.generator.advance(
-                self._state, min(_STRIDE, left), sampling=self._sampling, stop_ids=STOP_IDS
+                self._state, min(STRIDE, left), sampling=self._sampling, stop_ids=STOP_IDS
             )
             self._ids += [token for token in tokens[0].tolist() if token >= 0]
             yield writer.add(tokens[0], logprobs[0])
@@ -188,57 +151,6 @@ class Conversation:
             going = self._state._replace(done=self._state.done & False)
             self._state = generator.extend(going, [turn])
         self._ids += turn
-
-
-class _Writer:
-    """One completion as it grows: tokens to text, whole characters at a time, up to a stop."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        if any(not text for text in stop):
-            raise UserError("a stop string is empty; give some text.")
-        self._tokenizer, self._stop = tokenizer, stop
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._text, self._given = "", 0
-        self.stopped = False
-
-    def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> str:
-        """Takes new tokens (-1 is none) and returns the text that is certain to stay."""
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            if self.stopped or token < 0:
-                break
-            if token in STOP_IDS:
-                self.stopped = True
-                break
-            self._tokens.append(int(token))
-            self._logprobs.append(float(logprob))
-            self._text += self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
-            self._cut()
-        # A stop string may have begun at the end of the text.
-        held = max((len(text) - 1 for text in self._stop), default=0)
-        return self._give(len(self._text) if self.stopped else len(self._text) - held)
-
-    def rest(self) -> str:
-        """The text that was held back, at the end."""
-        if not self.stopped:
-            self._text += self._decoder.decode(b"", final=True)
-            self._cut()
-        return self._give(len(self._text))
-
-    def result(self) -> TextCompletion:
-        self.rest()
-        return TextCompletion(self._text, self._tokens, self._logprobs, self.stopped)
-
-    def _cut(self) -> None:
-        places = [place for text in self._stop if (place := self._text.find(text)) >= 0]
-        if places:
-            self._text, self.stopped = self._text[: min(places)], True
-
-    def _give(self, end: int) -> str:
-        piece = self._text[self._given : end]
-        self._given = max(self._given, end)
-        return piece
 
 
 def complete(

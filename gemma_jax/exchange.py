@@ -23,7 +23,6 @@ from gemma_jax.progress import progress
 from gemma_jax.training.weights import SavedWeights, WeightsWriter
 
 IMPORTED, MODELFILE = "imported.json", "Modelfile"
-_PIECE_BYTES = 64 << 20
 
 
 def import_model(source: str | Path, dest: str | Path) -> dict[str, Any]:
@@ -131,12 +130,7 @@ def _reader(
     """A tensor's rows as a foreign file holds them: an embedding in pieces, all else whole."""
 
     def read(weight: Weight) -> Iterator[np.ndarray]:
-        rows = weight.shape[0]
-        step = rows
-        if weight.kind == "embedding":
-            step = max(1, _PIECE_BYTES // (4 * weight.shape[1]))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
+        for start, stop in weight.cuts(weight.shape[0]):
             yield weight.to_foreign(saved.read(weight.path, weight.layer, start, stop))
         advance(1)
 
@@ -171,13 +165,15 @@ def _gguf_file(dest: Path, name: str) -> Iterator[Path]:
             yield folder / name
             write_text(folder / MODELFILE, gguf.modelfile(name))
         return
+    beside = dest.with_name(f"{dest.stem}.{MODELFILE}")
+    _must_be_new(beside)
     aside = dest.with_name(dest.name + PARTIAL_SUFFIX)
     with disk_errors(dest):
         dest.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
         aside.replace(dest)
-        write_text(dest.with_name(f"{dest.stem}.{MODELFILE}"), gguf.modelfile(dest.name))
+        write_text(beside, gguf.modelfile(dest.name))
     finally:
         aside.unlink(missing_ok=True)
 

@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemma_jax.data.tokenizer import BOS
+from gemma_jax.completion import complete
 from gemma_jax.distill.objective import Distill
 from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.errors import UserError
 from gemma_jax.experiment import Experiment, TeacherRun, run
 from gemma_jax.files import write_json
-from gemma_jax.generation.decode import generate
 from gemma_jax.generation.sampling import Sampling
-from gemma_jax.runs import load_model, read_result
+from gemma_jax.runs import read_result
 from gemma_jax.sweep import Sweep, run_sweep
 
 FILE = Path(__file__).parent.parent / "experiments" / "quickstart.py"
@@ -84,19 +83,9 @@ def _teacher(sweep: Sweep) -> tuple[Path, TeacherRun]:
 
 def samples(folder: str | Path, prompts: tuple[str, ...] = _PROMPTS) -> list[str]:
     """A short continuation of each prompt, the prompt included; the same each time."""
-    loaded = load_model(folder)
-    ids = [[BOS, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
-    new = generate(
-        loaded.model,
-        loaded.params,
-        ids,
-        max_new_tokens=_SAMPLE_TOKENS,
-        sampling=Sampling(temperature=0.7, top_k=40),
-    )
-    return [
-        prompt + loaded.tokenizer.decode(completion.tokens)
-        for prompt, completion in zip(prompts, new, strict=True)
-    ]
+    sampling = Sampling(temperature=0.7, top_k=40)
+    texts = complete(folder, prompts, max_new_tokens=_SAMPLE_TOKENS, sampling=sampling)
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def report(summary: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.files import locked, read_json, write_json
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.settings import checked_fields, differences, to_json
+from gemma_jax.settings import checked_fields, differences, override, to_json
 from gemma_jax.sharding import Layout
 from gemma_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from gemma_jax.training.checkpoint import checkpoint_steps, load_params
@@ -183,14 +183,19 @@ def describe_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> N
     tokenizer.save(folder / TOKENIZER)
 
 
-def load_model(folder: str | Path, *, layout: Layout | None = None) -> LoadedModel:
+def load_model(
+    folder: str | Path, *, layout: Layout | None = None, compute_dtype: str | None = None
+) -> LoadedModel:
     """The model of a run folder, or of one of its checkpoints (`RUN/checkpoints/STEP`).
 
     Weights are the average where the run kept one. They go where `layout` says, or to the first
-    device.
+    device. `compute_dtype` ("float32", "bfloat16") takes the place of the model's own.
     """
     folder, step = run_and_step(folder)
-    model = Transformer(read_config(folder / MODEL))
+    config = read_config(folder / MODEL)
+    if compute_dtype is not None:
+        config = override(config, {"compute_dtype": compute_dtype})
+    model = Transformer(config)
     shapes = model.shapes()
     if layout is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

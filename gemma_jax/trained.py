@@ -23,7 +23,6 @@ from gemma_jax.eval import sets
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.eval.tasks import limited, run_task
 from gemma_jax.files import read_json, write_json
-from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout, MeshConfig, make_layout
@@ -107,7 +106,7 @@ def evaluate_tasks(
     _at_least_one("batch_tokens", batch_tokens)
     runs.run_and_step(folder)  # refuses what is no run before any set is read
     chosen = [sets.read(name) for name in tasks]
-    loaded = _load(folder, compute_dtype)
+    loaded = runs.load_model(folder, compute_dtype=compute_dtype)
     model = loaded.model
     result: dict[str, Any] = {
         "checkpoint": str(folder),
@@ -143,7 +142,7 @@ def lm_eval_model(
         raise UserError("lm-eval is not installed; install gemma-jax[lm-eval].")
     from gemma_jax.eval.lm_eval import GemmaLM
 
-    loaded = _load(folder, compute_dtype)
+    loaded = runs.load_model(folder, compute_dtype=compute_dtype)
     return GemmaLM(loaded.model, loaded.params, loaded.tokenizer, batch_tokens=batch_tokens)
 
 
@@ -278,15 +277,6 @@ def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teach
         softcap=loaded.model.config.final_softcap,
         batch_sharding=layout.batch_sharding(),
     )
-
-
-def _load(folder: str | Path, compute_dtype: str | None) -> runs.LoadedModel:
-    """A run's model on the first device, computing in another type if told to."""
-    loaded = runs.load_model(folder)
-    if compute_dtype is None:
-        return loaded
-    config = replace(loaded.model.config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
-    return replace(loaded, model=Transformer(config))
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -1,50 +1,28 @@
 """Text in, text out: stop strings, streams, batches and conversations of a small random model."""
 
-import dataclasses
-from pathlib import Path
-
-import numpy as np
 import pytest
+from models import TOKENIZER, config, make_run
 
-from gemma_jax.completion import Conversation, TextGenerator, _Writer
+from gemma_jax.completion import Conversation, TextGenerator
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.generation.sampling import Sampling
-from gemma_jax.model.config import tiny
-from gemma_jax.model.transformer import Transformer
-from gemma_jax.runs import describe_model
-from gemma_jax.training.weights import WeightsWriter
+from gemma_jax.generation.text import Writer
 
-TOKENIZER = Path(__file__).parent / "goldens" / "tokenizer_tiny.model"
 SETTINGS = {"max_new_tokens": 12, "sampling": Sampling(temperature=0.8, top_k=20)}
 
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "random"
-    tokenizer = Tokenizer.load(TOKENIZER)
-    config = dataclasses.replace(
-        tiny(),
-        vocab_size=tokenizer.vocab_size,
+    small = config(
+        embed_dim=32,
+        mlp_dim=64,
         num_layers=2,
+        head_dim=8,
         attn_pattern="LG",
-        max_seq_len=256,
         tied_embedding=False,
     )
-    shapes, rng = Transformer(config).shapes(), np.random.default_rng(0)
-    writer = WeightsWriter(folder, shapes)
-
-    def write(tree, path=()):
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                write(value, (*path, name))
-            else:
-                drawn = rng.normal(0, 0.4, value.shape).astype(np.float32)
-                writer.write((*path, name), 0, value.shape[0], drawn)
-
-    write(shapes)
-    describe_model(folder, config, tokenizer)
-    return TextGenerator(folder)
+    return TextGenerator(make_run(tmp_path_factory.mktemp("model") / "random", small))
 
 
 def test_a_stream_says_what_a_batch_says(generator):
@@ -90,22 +68,22 @@ def test_a_conversation_that_fills_the_context_is_refused(generator):
 def test_characters_come_whole():
     tokenizer = Tokenizer.load(TOKENIZER)
     ids = tokenizer.encode("a🙂b")
-    writer = _Writer(tokenizer, ())
+    writer = Writer(tokenizer, ())
     pieces = [writer.add([token], [0.0]) for token in ids]
     assert "".join(pieces) == "a🙂b"
     assert not any("\ufffd" in piece for piece in pieces)
-    broken = _Writer(tokenizer, ())
+    broken = Writer(tokenizer, ())
     assert broken.add(ids[1:3], [0.0, 0.0]) + broken.rest() == "\ufffd"
 
 
 def test_what_may_begin_a_stop_string_is_held_back():
     tokenizer = Tokenizer.load(TOKENIZER)
-    writer = _Writer(tokenizer, ["abc"])
+    writer = Writer(tokenizer, ["abc"])
     ids = [i for letter in "xaby" for i in tokenizer.encode(letter)]
     pieces = [writer.add([token], [0.0]) for token in ids] + [writer.rest()]
     assert "".join(pieces) == "xaby"
     assert pieces[2] == "x"
-    ended = _Writer(tokenizer, ())
+    ended = Writer(tokenizer, ())
     assert ended.add([*ids, EOS, *ids], [0.0] * 9) == "xaby"
     assert ended.stopped
 

@@ -187,7 +187,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join([self._bytes[i] for i in ids])
+        known = len(self._bytes)  # a model may have more rows than the tokenizer has pieces
+        return b"".join([self._bytes[i] for i in ids if i < known])
 
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: UTF-8 bytes that each id stands for, 0 for control pieces.

@@ -125,10 +125,7 @@ class Generator:
         Send it the indices of rows to end early, as `stop strings` do.
         """
         sampling = sampling or Sampling()
-        longest = _longest(self.model, prompts, max_new_tokens)
-        own = list(range(len(prompts))) if seeds is None else list(seeds)
-        if len(own) != len(prompts):
-            raise UserError(f"{len(own)} seeds for {len(prompts)} prompts; give one a prompt.")
+        longest, own = check_request(self.model, prompts, max_new_tokens, seeds)
         state = self.begin(prompts, capacity=longest + max_new_tokens, seeds=own, sampling=sampling)
         left = max_new_tokens
         while left > 0:
@@ -159,7 +156,7 @@ def generate(
     Prompts of different lengths share a batch. `seeds` are one a prompt, 0, 1, ... by default.
     Raises UserError for an empty prompt, or for one that leaves the model's context.
     """
-    _longest(model, prompts, max_new_tokens)
+    check_request(model, prompts, max_new_tokens, seeds)
     parts = list(
         Generator(model, params).stream(
             prompts,
@@ -183,7 +180,13 @@ def completion(tokens: np.ndarray, logprobs: np.ndarray, stop_ids: Sequence[int]
     return Completion(kept, logprobs[: len(kept)].tolist(), stopped)
 
 
-def _longest(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+def check_request(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seeds: Sequence[int] | None,
+) -> tuple[int, list[int]]:
+    """(length of the longest prompt, a seed a prompt), or a refusal before any work."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty; give at least the beginning-of-text token.")
     if max_new_tokens < 1:
@@ -194,7 +197,10 @@ def _longest(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
             f"a prompt of {longest} tokens and {max_new_tokens} new ones leave the model's context "
             f"of {context} tokens; shorten one of them."
         )
-    return longest
+    own = list(range(len(prompts)) if seeds is None else seeds)
+    if len(own) != len(prompts):
+        raise UserError(f"{len(own)} seeds for {len(prompts)} prompts; give one a prompt.")
+    return longest, own
 
 
 def _bucket(length: int) -> int:

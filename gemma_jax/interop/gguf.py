@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 from gemma_jax.errors import UserError
 from gemma_jax.interop.blocks import BLOCK, pack_q4_0, pack_q8_0
 from gemma_jax.interop.gguf_file import GgufFile, TensorInfo, write_gguf
-from gemma_jax.interop.names import Weight, check_layers, pattern_of
+from gemma_jax.interop.names import Weight, check_layers, every_nth_global, pattern_of
 from gemma_jax.model.config import GLOBAL, LOCAL, ModelConfig
 
 ARCHITECTURE = "gemma3"
@@ -97,10 +97,10 @@ def _config(file: GgufFile) -> ModelConfig:
 def _letters(pattern: Any, layers: int, file: GgufFile) -> str:
     """`pattern` is a list of "is local", or n: every n-th layer is global."""
     if isinstance(pattern, int):
-        return "".join("L" if (i + 1) % pattern else "G" for i in range(layers))
+        return every_nth_global(pattern, layers)
     if len(pattern) < layers:
         raise UserError(f"{file.where} has a pattern of {len(pattern)} layers for {layers}.")
-    return "".join("L" if local else "G" for local in pattern[:layers])
+    return "".join(LOCAL if local else GLOBAL for local in pattern[:layers])
 
 
 def _query_scale(layers: int, width: int, heads: int, head_dim: int) -> float | None:
@@ -187,7 +187,7 @@ def _check(config: ModelConfig, dtype: str) -> None:
         (not c.post_norms, "post_norms=False"),
         (c.attn_softcap is not None, f"attn_softcap={c.attn_softcap}"),
         (
-            "L" in c.layer_letters and c.local_rope_scale != 1,
+            LOCAL in c.layer_letters and c.local_rope_scale != 1,
             f"local_rope_scale={c.local_rope_scale}",
         ),
         (

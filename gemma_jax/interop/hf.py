@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, PAD
 from gemma_jax.errors import UserError
 from gemma_jax.files import disk_errors, read_json
-from gemma_jax.interop.names import Weight, check_layers, pattern_of
-from gemma_jax.model.config import ModelConfig
+from gemma_jax.interop.names import Weight, check_layers, every_nth_global, pattern_of
+from gemma_jax.model.config import GLOBAL, LOCAL, ModelConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
@@ -107,8 +107,8 @@ def _letters(values: Mapping[str, Any], layers: int, path: Path) -> str:
     types = values.get("layer_types")
     if types is None:
         every = int(values.get("sliding_window_pattern") or 6)
-        return "".join("L" if (i + 1) % every else "G" for i in range(layers))
-    known = {_LOCAL: "L", _GLOBAL: "G"}
+        return every_nth_global(every, layers)
+    known = {_LOCAL: LOCAL, _GLOBAL: GLOBAL}
     if len(types) != layers or set(types) - known.keys():
         raise UserError(
             f"{path} has {len(types)} layer_types of the kinds {sorted(set(types))} for {layers} "
@@ -150,8 +150,8 @@ def to_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             return {"rope_type": "default", "rope_theta": base}
         return {"rope_type": "linear", "rope_theta": base, "factor": scale}
 
-    types = {"L": _LOCAL, "G": _GLOBAL}
-    local, whole = rope("L"), rope("G")
+    types = {LOCAL: _LOCAL, GLOBAL: _GLOBAL}
+    local, whole = rope(LOCAL), rope(GLOBAL)
     names = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
     return {
         "architectures": [_TEXT],
@@ -167,7 +167,7 @@ def to_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
         "layer_types": [types[letter] for letter in config.layer_letters],
-        "sliding_window_pattern": config.layer_letters.find("G") + 1 or config.num_layers + 1,
+        "sliding_window_pattern": config.layer_letters.find(GLOBAL) + 1 or config.num_layers + 1,
         "sliding_window": config.sliding_window,
         "rope_parameters": {_LOCAL: local, _GLOBAL: whole},
         # The same again for readers of the older spelling (mlx-lm, transformers 4).

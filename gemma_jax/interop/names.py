@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 
 from gemma_jax.errors import UserError
-from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.config import GLOBAL, LOCAL, ModelConfig
 
 _MAX_LAYERS = 512  # llama.cpp's limit
+_PIECE_BYTES = 64 << 20  # of an embedding in float32 at once
 
 Kind = Literal["embedding", "matrix", "norm"]
 
@@ -41,6 +42,15 @@ class Weight:
         if self.kind != "matrix":
             return self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+
+    def cuts(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Where to cut the rows of either layout so that memory holds little: an embedding into
+        pieces, all else not at all."""
+        step = rows
+        if self.kind == "embedding":
+            step = max(1, _PIECE_BYTES // (4 * self.shape[1]))
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
 
     def to_foreign(self, value: np.ndarray) -> np.ndarray:
         if self.kind != "matrix":
@@ -98,6 +108,11 @@ def pattern_of(letters: str) -> str:
         if (letters[:length] * (len(letters) // length + 1)).startswith(letters):
             return letters[:length]
     return letters
+
+
+def every_nth_global(n: int, layers: int) -> str:
+    """The letters of layers of which each n-th is global."""
+    return "".join(LOCAL if (i + 1) % n else GLOBAL for i in range(layers))
 
 
 def _layers(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], int | None]]:

@@ -8,8 +8,6 @@ import numpy as np
 from gemma_jax.errors import UserError
 from gemma_jax.interop.names import Weight
 
-_PIECE_BYTES = 64 << 20  # float32 bytes read at once of a tensor that can be cut into rows
-
 
 class Tensors(Protocol):
     """The tensors of a file (or of several) by name; shapes as in PyTorch, rows first."""
@@ -45,12 +43,7 @@ def check_names(tensors: Tensors, wanted: Mapping[str, Weight]) -> None:
 
 def pieces(tensors: Tensors, name: str, weight: Weight) -> Iterator[tuple[int, int, np.ndarray]]:
     """(first row, end, values), all in our layout: an embedding in pieces, all else whole."""
-    rows = weight.foreign_shape[0]
-    step = rows
-    if weight.kind == "embedding":
-        step = max(1, _PIECE_BYTES // (4 * weight.foreign_shape[1]))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+    for start, stop in weight.cuts(weight.foreign_shape[0]):
         value = tensors.read(name, start, stop)
         if not np.isfinite(value).all():
             raise UserError(

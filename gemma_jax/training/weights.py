@@ -67,10 +67,6 @@ class SavedWeights:
             part = source[start:stop] if layer is None else source[layer]
             return np.asarray(part.read().result(), np.float32)
 
-    def shape(self, path: Path) -> tuple[int, ...]:
-        with self._damage():
-            return tuple(_open(self._base, path, None).shape)
-
     @contextlib.contextmanager
     def _damage(self) -> Iterator[None]:
         try:

@@ -145,9 +145,9 @@ def test_another_tokenizer_is_not_overwritten(tmp_path) -> None:
     config, path = TokenizerConfig(vocab_size=420), tmp_path / "m"
     first = train_tokenizer(TEXTS, config, path)
     assert train_tokenizer(TEXTS, config, path).hash == first.hash
-    for texts, other in ((TEXTS[:5], config), (None, TokenizerConfig(vocab_size=410))):
+    for texts, other in ((TEXTS[:5], config), ([], TokenizerConfig(vocab_size=410))):
         with pytest.raises(UserError, match="is another tokenizer already"):
-            train_tokenizer(texts, other, path)  # type: ignore[arg-type]
+            train_tokenizer(texts, other, path)
     assert path.read_bytes() == first.model
 
 
@@ -206,3 +206,9 @@ def test_a_model_that_changes_text_is_refused(tmp_path) -> None:
     )
     with pytest.raises(UserError, match="changes text"):
         Tokenizer.load(tmp_path / "m.model")
+
+
+def test_ids_past_the_vocabulary_stand_for_nothing(tokenizer: Tokenizer) -> None:
+    """A multimodal model has more rows than its tokenizer has pieces, and may draw them."""
+    ids = tokenizer.encode("def")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 63]) == "def"
