@@ -19,6 +19,7 @@ from gemma_jax.model.cache import Cache, init_cache
 from gemma_jax.model.transformer import Transformer, unrolled
 
 _MIN_BUCKET = 32
+_MIN_STEPS = 8
 _CHUNK = 512  # prompt tokens at once: bounds the memory of a long prompt's attention scores
 
 
@@ -103,7 +104,7 @@ class Generator:
         A row that has drawn one of `stop_ids` is done and keeps drawing nothing; its further
         entries are -1. n < steps where all rows are done.
         """
-        size = 1 << (steps - 1).bit_length()
+        size = max(_MIN_STEPS, 1 << (steps - 1).bit_length())
         ids = tuple(stop_ids)
         state, tokens, logprobs, n = _draw(
             self.model, size, sampling, ids, self.params, state, jnp.int32(steps)
@@ -128,8 +129,9 @@ class Generator:
         longest, own = check_request(self.model, prompts, max_new_tokens, seeds)
         state = self.begin(prompts, capacity=longest + max_new_tokens, seeds=own, sampling=sampling)
         left = max_new_tokens
+        # Who takes parts wants the first token at once; the program is that of a whole stride.
+        steps = 1 if stride < max_new_tokens else max_new_tokens
         while left > 0:
-            steps = min(stride, left)
             state, tokens, logprobs = self.advance(
                 state, steps, sampling=sampling, stop_ids=stop_ids
             )
@@ -139,6 +141,7 @@ class Generator:
             if np.asarray(state.done).all():
                 return
             left -= steps
+            steps = min(stride, left)
 
 
 def generate(

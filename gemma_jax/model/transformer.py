@@ -60,7 +60,9 @@ class Period(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], place: Place, caches: tuple[LayerCache, ...] | None
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
-        block = _block(self.config, inside_scan=True)
+        block: Any = _block(self.config, inside_scan=True)
+        if caches is not None:  # decoding unrolls all layers into one period: trace one a letter
+            block = nn.jit(block)
         after = []
         for i, letter in enumerate(self.config.attn_pattern):
             cache = caches[i] if caches is not None else None
