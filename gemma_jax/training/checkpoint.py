@@ -6,6 +6,7 @@ can go on), and a reader of the weights touches nothing else.
 """
 
 import contextlib
+import gc
 import json
 import math
 import re
@@ -131,7 +132,9 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
     try:
         _check_shapes(place, item, like)
         with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-            return reader.restore(item, args=ocp.args.StandardRestore(like))
+            params = reader.restore(item, args=ocp.args.StandardRestore(like))
+        gc.collect()  # Orbax leaves what it has read in reference cycles, as large as the model
+        return params
     except UserError:
         raise
     except Exception as error:  # as above
