@@ -54,9 +54,10 @@ def progress(label: str, total: int, *, start: int = 0, quiet: bool = False) -> 
 
     def report(units: int, note: str = "") -> None:
         nonlocal done, logged
+        ends = done < total <= done + units  # a total that was estimated may be there early
         done += units
         now = time.monotonic()
-        if now - logged < _LOG_EVERY_S and done < total:
+        if now - logged < _LOG_EVERY_S and not ends:
             return
         logged = now
         left = (now - began) / max(done - start, 1) * max(total - done, 0)

@@ -139,6 +139,14 @@ class Tokenizer:
         """SHA-256 of the model file, in hex."""
         return hashlib.sha256(self.model).hexdigest()
 
+    @cached_property
+    def cuts_at_newlines(self) -> bool:
+        """Whether no piece reaches from a newline to another character.
+
+        Then a text may be cut after a run of newlines, and the ids stay the same.
+        """
+        return all(piece.count(b"\n") in (0, len(piece)) for piece in self._bytes)
+
     def save(self, path: str | Path) -> None:
         files.write_bytes(path, self.model)
 

@@ -6,6 +6,7 @@ rounded up to powers of two, so few programs are compiled.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from gemma_jax.ops.vocab_loss import vocab_loss
 _MIN_SHARED = 32  # tokens in common below which a second program is not worth it
 _MIN_BUCKET = 16
 _SHARED_BUCKET = 256
+# A program is worth compiling if it saves so many tokens of padding: it takes some seconds, in
+# which a CPU reads thousands of tokens of a 270M model and an accelerator millions.
+_PROGRAM_TOKENS, _PROGRAM_TOKENS_ACCELERATOR = 2_000, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,11 @@ def likelihoods(
     results: list[list[Likelihood]] = [[] for _ in requests]
     start = _read_shared(model, params, requests[0].context[:shared]) if shared else None
     # Rounded too: tasks of like lengths (the subjects of one set) then share their programs.
-    room = -(-shared // _SHARED_BUCKET) * _SHARED_BUCKET
-    for batch, shape in _batches(requests, shared, batch_tokens):
-        scores = _score(
-            model, shape.length + room, params, start, *_arrays(requests, batch, shared, shape)
-        )
+    room = max(_SHARED_BUCKET, _bucket(shared)) if shared else 0
+    for batch, rows, shape in _batches(requests, shared, batch_tokens):
+        length = room + shape.context + shape.continuation
+        arrays = _arrays(requests, batch, shared, rows, shape)
+        scores = _score(model, length, params, start, *arrays)
         logprobs, greedy = jax.device_get(scores)
         for row, number in enumerate(batch):
             first = row * shape.choices
@@ -75,20 +79,18 @@ def likelihoods(
 
 
 class _Shape(NamedTuple):
-    """Sizes of a batch: rows, tokens of a context, continuations of each, tokens of those."""
+    """Tokens of a context, continuations of each, tokens of those."""
 
-    rows: int
     context: int
     choices: int
     continuation: int
 
     @property
-    def length(self) -> int:
-        return self.context + self.continuation
-
-    @property
     def tokens(self) -> int:
-        return self.rows * (self.context + self.choices * self.continuation)
+        return self.context + self.choices * self.continuation
+
+    def around(self, other: "_Shape") -> "_Shape":
+        return _Shape(*map(max, self, other))
 
 
 def _check(model: Transformer, number: int, request: Request) -> None:
@@ -117,24 +119,47 @@ def _shared(contexts: Sequence[Sequence[int]]) -> int:
 
 def _batches(
     requests: Sequence[Request], shared: int, batch_tokens: int
-) -> Iterator[tuple[list[int], _Shape]]:
-    """Requests of like shapes together, long ones first: what cannot fit shows at once."""
+) -> Iterator[tuple[list[int], int, _Shape]]:
+    """(requests, rows, shape): like ones together, long ones first, as what cannot fit shows then.
 
-    def shape(request: Request) -> tuple[int, int, int]:
-        return (
+    All batches of a shape have the same rows, the last one too: a shape is one program.
+    """
+    classes: dict[_Shape, list[int]] = {}
+    for number, request in enumerate(requests):
+        shape = _Shape(
             _bucket(len(request.context) - shared),
             1 << (len(request.continuations) - 1).bit_length(),
             _bucket(max(map(len, request.continuations))),
         )
+        classes.setdefault(shape, []).append(number)
+    for shape, numbers in sorted(_merged(classes).items(), reverse=True):
+        most = max(1, batch_tokens // shape.tokens)
+        rows = 1 << (min(most, len(numbers)).bit_length() - 1)
+        if rows < len(numbers) <= most:
+            rows *= 2
+        for start in range(0, len(numbers), rows):
+            yield numbers[start : start + rows], rows, shape
 
-    order = sorted(range(len(requests)), key=lambda i: shape(requests[i]), reverse=True)
-    while order:
-        size = shape(requests[order[0]])
-        one = _Shape(1, *size)
-        rows = 1 << (max(1, batch_tokens // one.tokens).bit_length() - 1)
-        same = [i for i in order[:rows] if shape(requests[i]) == size]
-        order = order[len(same) :]
-        yield same, one._replace(rows=min(rows, 1 << (len(same) - 1).bit_length()))
+
+def _merged(classes: dict[_Shape, list[int]]) -> dict[_Shape, list[int]]:
+    """Fewer classes: padding requests to another's shape is often cheaper than a program more."""
+    worth = _PROGRAM_TOKENS if jax.default_backend() == "cpu" else _PROGRAM_TOKENS_ACCELERATOR
+    classes = dict(classes)
+    while len(classes) > 1:
+        price, a, b = min(
+            (
+                sum(len(classes[x]) * (a.around(b).tokens - x.tokens) for x in (a, b)),
+                a,
+                b,
+            )
+            for a, b in itertools.combinations(sorted(classes), 2)
+        )
+        if price > worth:
+            break
+        together = classes.pop(a) + classes.pop(b)
+        whole = a.around(b)
+        classes[whole] = sorted(classes.get(whole, []) + together)
+    return classes
 
 
 def _bucket(length: int) -> int:
@@ -142,13 +167,13 @@ def _bucket(length: int) -> int:
 
 
 def _arrays(
-    requests: Sequence[Request], batch: list[int], shared: int, shape: _Shape
+    requests: Sequence[Request], batch: list[int], shared: int, rows: int, shape: _Shape
 ) -> tuple[np.ndarray, ...]:
     """Context ids [B, T] and lengths [B], continuation ids [B * n, C] and lengths [B * n]."""
-    contexts = np.zeros((shape.rows, shape.context), np.int32)
-    lengths = np.ones(shape.rows, np.int32)
-    choices = np.zeros((shape.rows * shape.choices, shape.continuation), np.int32)
-    sizes = np.zeros(shape.rows * shape.choices, np.int32)
+    contexts = np.zeros((rows, shape.context), np.int32)
+    lengths = np.ones(rows, np.int32)
+    choices = np.zeros((rows * shape.choices, shape.continuation), np.int32)
+    sizes = np.zeros(rows * shape.choices, np.int32)
     for row, number in enumerate(batch):
         own = requests[number].context[shared:]
         contexts[row, : len(own)], lengths[row] = own, len(own)

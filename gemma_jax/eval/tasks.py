@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax.data.line_encoder import LineEncoder
 from gemma_jax.data.tokenizer import BOS, Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.eval.answers import matches, write_answers
@@ -22,6 +23,7 @@ from gemma_jax.model.transformer import Transformer
 
 type Metrics = dict[str, dict[str, float | None]]
 _ANSWER_STOPS = ("\n",)
+_MAX_CHOICES = 64
 
 
 def run_task(
@@ -76,14 +78,16 @@ def limited(task: Task, limit: int | None) -> Sequence[Example]:
     return tuple(task.examples[number] for number in sorted(n for _, n in sorted(order)[:limit]))
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], ...]:
+def encode_pair(
+    encoder: Tokenizer | LineEncoder, context: str, continuation: str
+) -> tuple[list[int], ...]:
     """The ids of a context, BOS in front, and of what follows it."""
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
-    before = tokenizer.encode(kept)
-    after = tokenizer.encode(kept + continuation)[len(before) :]
+    before = encoder.encode(kept)
+    after = encoder.encode(kept + continuation)[len(before) :]
     # Where both merge into one piece nothing is left: then the continuation stands on its own.
-    return [BOS, *before], after or tokenizer.encode(continuation)
+    return [BOS, *before], after or encoder.encode(continuation)
 
 
 def score_pairs(
@@ -102,8 +106,9 @@ def score_pairs(
     """
     requests: list[Request] = []
     sizes, cut, last = [], 0, None
+    encoder = LineEncoder(tokenizer)
     for context, continuation in pairs:
-        before, after = encode_pair(tokenizer, context, continuation)
+        before, after = encode_pair(encoder, context, continuation)
         room = model.config.max_seq_len - len(after)
         if room < 1:
             raise UserError(
@@ -113,8 +118,9 @@ def score_pairs(
         if len(before) > room:
             before, cut = [BOS, *before[len(before) - room + 1 :]], cut + 1
         sizes.append(len(after))
-        # Choices that follow one context are read after it once.
-        if before == last:
+        # Choices that follow one context are read after it once, but what a batch is made of must
+        # stay small.
+        if before == last and len(requests[-1].continuations) < _MAX_CHOICES:
             requests[-1] = Request(before, [*requests[-1].continuations, after])
         else:
             requests.append(Request(before, [after]))

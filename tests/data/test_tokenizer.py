@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gemma_jax.data import tokenizer as tokenizer_module
+from gemma_jax.data.line_encoder import LineEncoder
 from gemma_jax.data.tokenizer import (
     BOS,
     END_OF_TURN,
@@ -89,6 +91,20 @@ def test_long_texts_are_cut_without_a_trace(
     monkeypatch.setattr(tokenizer_module, "_CUT_CHARS", 40)
     assert tokenizer.encode(text) == whole
     check_round_trip(tokenizer, "x" * 1000 + "\u2581" * 100)
+
+
+def test_lines_encoded_once_give_the_same_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.cuts_at_newlines
+    encoder, rng = LineEncoder(tokenizer), random.Random(1)
+    ends = ["\n", "\n\n", "\n" * 9, " \n", "\n ", "\r\n", "\n\t", ""]
+    for _ in range(300):
+        text = "".join(
+            rng.choice(NASTY + TEXTS) + rng.choice(ends) for _ in range(rng.randrange(6))
+        )
+        assert encoder.encode(text) == tokenizer.encode(text)
+    proto = ModelProto.FromString(tokenizer.model)
+    proto.pieces[-1].piece = "a\nb"
+    assert not Tokenizer(proto.SerializeToString()).cuts_at_newlines
 
 
 def test_batches_on_threads_equal_single_texts(tokenizer: Tokenizer) -> None:

@@ -63,6 +63,21 @@ def test_each_continuation_is_scored_as_if_alone(
         assert [s.greedy for s in scores] == [e[1] for e in expected]
 
 
+@pytest.mark.parametrize(("worth", "programs"), [(0, 4), (200, 3), (10_000, 1)])
+def test_fewer_programs_cost_padding_and_nothing_else(
+    model, params, reference, worth, programs, monkeypatch
+):
+    monkeypatch.setattr(likelihood, "_PROGRAM_TOKENS", worth)
+    monkeypatch.setattr(likelihood, "_MIN_BUCKET", 4)
+    requests = drawn(np.random.default_rng(3), shared=0)
+    batches = list(likelihood._batches(requests, 0, 8192))
+    assert len({(rows, shape) for _, rows, shape in batches}) == programs
+    assert sorted(number for batch, _, _ in batches for number in batch) == [0, 1, 2, 3, 4]
+    for request, scores in zip(requests, likelihoods(model, params, requests), strict=True):
+        expected = [reference(request.context, one)[0] for one in request.continuations]
+        np.testing.assert_allclose([s.logprob for s in scores], expected, rtol=2e-5)
+
+
 def test_what_the_model_would_say_is_greedy(model, params, reference):
     context = [2, 5, 9]
     best = int(reference.all(context)[-1].argmax())
