@@ -20,6 +20,7 @@ from gemma_jax.model.transformer import Transformer, unrolled
 
 _MIN_BUCKET = 32
 _MIN_STEPS = 8
+_FEW = 8
 _CHUNK = 512  # prompt tokens at once: bounds the memory of a long prompt's attention scores
 
 
@@ -86,7 +87,7 @@ class Generator:
         rows = [*prompts, *[()] * (B - len(prompts))]
         longest = max(map(len, rows))
         for start in range(0, longest, _CHUNK):
-            width = _bucket(min(_CHUNK, longest - start))
+            width = _width(min(_CHUNK, longest - start))
             tokens, valid = np.zeros((B, width), np.int32), np.zeros((B, width), np.int32)
             for i, row in enumerate(rows):
                 part = row[start : start + width]
@@ -95,6 +96,16 @@ class Generator:
             fresh = start == 0 and not np.asarray(state.length).any()
             state = _feed(self.model, fresh, self.params, state, tokens, valid)
         return state
+
+    def choose(
+        self, state: State, allowed: np.ndarray, *, sampling: Sampling
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, logprobs) [B] drawn from those allowed; the state stays as it is.
+
+        `allowed` is uint32 [B, V / 32], rounded up: bit j of word i stands for token 32 i + j.
+        """
+        token, logprob = _choose(self.model, sampling, self.params, state, allowed)
+        return np.asarray(token), np.asarray(logprob)
 
     def advance(
         self, state: State, steps: int, *, sampling: Sampling, stop_ids: Sequence[int]
@@ -206,6 +217,11 @@ def check_request(
     return longest, own
 
 
+def _width(tokens: int) -> int:
+    """One token, or a few that a grammar forces, are no prompt."""
+    return tokens if tokens == 1 else _FEW if tokens <= _FEW else _bucket(tokens)
+
+
 def _bucket(length: int) -> int:
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
 
@@ -237,6 +253,31 @@ def _feed(
     )
 
 
+def _next(
+    model: Transformer, sampling: Sampling, params: Any, state: State, allowed: Any = None
+) -> tuple[Any, Any]:
+    """The next token of each row [B] and its log-probability."""
+    logits = model.logits(params, state.hidden)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+    scores = logits
+    if state.seen is not None and sampling.repetition_penalty is not None:
+        scores = penalise(logits, state.seen, sampling.repetition_penalty)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -jnp.inf)
+    token = sample(scores, keys, sampling)
+    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
+    return token, logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _choose(
+    model: Transformer, sampling: Sampling, params: Any, state: State, allowed: Any
+) -> tuple[Any, Any]:
+    bits = allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    mask = bits.reshape(bits.shape[0], -1)[:, : model.config.vocab_size] > 0
+    return _next(model, sampling, params, state, mask)
+
+
 class _Loop(NamedTuple):
     state: State
     step: Any
@@ -263,13 +304,7 @@ def _draw(
 
     def draw(loop: _Loop) -> _Loop:
         state = loop.state
-        logits = model.logits(params, state.hidden)
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
-        scores = logits
-        if state.seen is not None and sampling.repetition_penalty is not None:
-            scores = penalise(logits, state.seen, sampling.repetition_penalty)
-        token = sample(scores, keys, sampling)
-        logprob = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+        token, logprob = _next(model, sampling, params, state)
         going = ~state.done
         valid = going.astype(jnp.int32)
         hidden, cache = model.extend(

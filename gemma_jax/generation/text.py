@@ -1,7 +1,7 @@
 """Texts that a model writes: whole characters at a time, up to a stop string, many in batches."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from gemma_jax.data.tokenizer import END_OF_TURN, EOS, Tokenizer
@@ -77,6 +77,19 @@ class Writer:
         return piece
 
 
+def batches_of(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int
+) -> Iterator[list[int]]:
+    """The indices of prompts of like lengths, as many as `batch_tokens` has room for."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    while order:
+        # A power of two of rows, so that few programs are compiled.
+        rows = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        rows = 1 << (rows.bit_length() - 1)
+        yield order[:rows]
+        order = order[rows:]
+
+
 def write_texts(
     generator: Generator,
     tokenizer: Tokenizer,
@@ -96,12 +109,7 @@ def write_texts(
     """
     _, own = check_request(generator.model, prompts, max_new_tokens, seeds)
     results: list[TextCompletion | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    while order:
-        # A power of two of rows, so that few programs are compiled.
-        rows = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
-        rows = 1 << (rows.bit_length() - 1)
-        batch, order = order[:rows], order[rows:]
+    for batch in batches_of(prompts, max_new_tokens, batch_tokens):
         writers = [Writer(tokenizer, stop) for _ in batch]
         stream = generator.stream(
             [prompts[i] for i in batch],

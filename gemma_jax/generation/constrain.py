@@ -1,0 +1,142 @@
+"""Texts that belong to a grammar: the host says which tokens may follow, the device draws one.
+
+The masks of the next step are computed on the host while the device reads the tokens of this one.
+Where the grammar leaves no choice, its tokens are read together with the one that was drawn, and no
+step is spent on them.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.errors import UserError
+from gemma_jax.generation.decode import Generator, State, check_request
+from gemma_jax.generation.grammar import Grammar, GrammarMatcher, GrammarTokenizer, Masks
+from gemma_jax.generation.sampling import Sampling
+from gemma_jax.generation.text import STOP_IDS, batches_of
+
+type OnLimit = Literal["close", "cut"]
+
+
+class BoundCompletion(NamedTuple):
+    """A completion under a grammar.
+
+    `logprobs` are the model's own, in nats, None for tokens that it did not draw. `ending` says how
+    it came to its end: "complete", "closed" (the limit was near, and the shortest way out that was
+    found took the place of what did not fit) or "cut" (by the limit; the text is no whole one).
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float | None]
+    ending: Literal["complete", "closed", "cut"]
+
+
+class _Row:
+    """One text under way."""
+
+    def __init__(self, matcher: GrammarMatcher, limit: int) -> None:
+        self.matcher, self._limit = matcher, limit
+        self.logprobs: list[float | None] = []
+        self.done = False
+        self.take(matcher.forced())
+
+    def take(self, tokens: list[int], logprob: float | None = None) -> None:
+        """Takes tokens of which the first has this log-probability."""
+        self.matcher.take(tokens)
+        self.logprobs += [logprob, *[None] * (len(tokens) - 1)][: len(tokens)]
+        self.done = self.matcher.finished or len(self.matcher.tokens) >= self._limit
+
+    def draw(self, token: int, logprob: float) -> list[int]:
+        """Takes a token that was drawn and those that are forced after it; gives all of them."""
+        if token in STOP_IDS:
+            self.done = True
+            return []
+        before = len(self.matcher.tokens)
+        self.take([token], logprob)
+        if not self.done:
+            self.take(self.matcher.forced())
+        return self.matcher.tokens[before:]
+
+    def completion(self, tokenizer: Tokenizer, on_limit: OnLimit) -> BoundCompletion:
+        tokens, logprobs = self.matcher.tokens, self.logprobs
+        whole = self.matcher.complete and len(tokens) <= self._limit
+        ending: Literal["complete", "closed", "cut"] = "complete" if whole else "cut"
+        if not whole:
+            closed = self.matcher.close(self._limit) if on_limit == "close" else None
+            if closed is None:
+                tokens = tokens[: self._limit]
+            else:
+                same = 0
+                while same < min(len(closed), len(tokens)) and closed[same] == tokens[same]:
+                    same += 1
+                tokens, ending = closed, "closed"
+                logprobs = [*logprobs[:same], *[None] * (len(closed) - same)]
+        return BoundCompletion(tokenizer.decode(tokens), tokens, logprobs[: len(tokens)], ending)
+
+
+def write_bound_texts(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    pieces: GrammarTokenizer,
+    prompts: Sequence[Sequence[int]],
+    grammars: Sequence[Grammar],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    on_limit: OnLimit = "close",
+    batch_tokens: int = 8192,
+    adapters: Sequence[int] | None = None,
+) -> list[BoundCompletion]:
+    """A completion of each prompt that belongs to its grammar, in their order.
+
+    A prompt's result depends on its ids, its grammar and its seed alone. Raises UserError where a
+    grammar cannot be obeyed.
+    """
+    if len(grammars) != len(prompts):
+        raise UserError(f"{len(grammars)} grammars for {len(prompts)} prompts; give one a prompt.")
+    sampling = sampling or Sampling()
+    _, own = check_request(generator.model, prompts, max_new_tokens, seeds)
+    made = [GrammarMatcher(grammar, pieces) for grammar in grammars]
+    results: dict[int, BoundCompletion] = {}
+    for batch in batches_of(prompts, max_new_tokens, batch_tokens):
+        rows = [_Row(made[i], max_new_tokens) for i in batch]
+        starts = [
+            [*prompts[i], *([] if row.done else row.matcher.tokens)]
+            for i, row in zip(batch, rows, strict=True)
+        ]
+        state = generator.begin(
+            starts,
+            capacity=max(len(prompts[i]) for i in batch) + max_new_tokens,
+            seeds=[own[i] for i in batch],
+            sampling=sampling,
+            adapters=None if adapters is None else [adapters[i] for i in batch],
+        )
+        _write(generator, pieces.vocab_size, state, rows, sampling)
+        for i, row in zip(batch, rows, strict=True):
+            results[i] = row.completion(tokenizer, on_limit)
+    return [results[i] for i in range(len(prompts))]
+
+
+def _write(
+    generator: Generator, vocab_size: int, state: State, rows: list[_Row], sampling: Sampling
+) -> None:
+    masks = Masks(state.length.shape[0], vocab_size)
+
+    def active() -> dict[int, GrammarMatcher]:
+        return {number: row.matcher for number, row in enumerate(rows) if not row.done}
+
+    allowed = masks.fill(active())
+    while going := active():
+        tokens, logprobs = generator.choose(state, allowed, sampling=sampling)
+        fed: list[list[int]] = [[] for _ in rows]
+        for number in going:
+            fed[number] = rows[number].draw(int(tokens[number]), float(logprobs[number]))
+            if rows[number].done:
+                fed[number] = []
+        if any(fed):
+            state = generator.extend(state, fed)  # runs on the device while the masks are computed
+        allowed = masks.fill(active())

@@ -1,0 +1,178 @@
+"""Texts bound to a grammar, from a model that knows nothing: each of them must belong to it."""
+
+import json
+import random
+import re
+
+import jsonschema
+import numpy as np
+import pytest
+from models import config, make_run
+
+from gemma_jax import runs
+from gemma_jax.data.tokenizer import BOS
+from gemma_jax.errors import UserError
+from gemma_jax.generation.constrain import write_bound_texts
+from gemma_jax.generation.decode import Generator
+from gemma_jax.generation.grammar import (
+    GrammarMatcher,
+    GrammarTokenizer,
+    json_schema,
+    lark,
+    regex,
+)
+from gemma_jax.generation.sampling import Sampling
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 2, "maxLength": 12},
+        "born": {"type": "string", "format": "date"},
+        "role": {"enum": ["reader", "writer"]},
+        "tags": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    },
+    "required": ["name", "born", "role"],
+    "additionalProperties": False,
+}
+SCHEMAS = [
+    PERSON,
+    {"type": "array", "items": {"anyOf": [{"type": "null"}, {"type": "boolean"}]}, "minItems": 2},
+    {"const": {"a": [1, None, "é"]}},
+    {"type": "string", "pattern": "^(ab)*c[0-9]{3}$"},
+    {"$defs": {"t": {"type": "object", "properties": {"l": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"},
+    {"type": "number", "minimum": -2, "exclusiveMaximum": 17},
+    {"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 2},
+    {"type": "object", "properties": {"x": {"type": ["string", "null"]}}, "required": ["x"]},
+]
+WILD = Sampling(temperature=1.5)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    small = config(
+        embed_dim=32, mlp_dim=64, num_layers=2, head_dim=8, attn_pattern="LG", max_seq_len=256
+    )
+    return runs.load_model(make_run(tmp_path_factory.mktemp("bound") / "random", small))
+
+
+@pytest.fixture(scope="module")
+def pieces(loaded):
+    return GrammarTokenizer(loaded.tokenizer, loaded.model.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def generator(loaded):
+    return Generator(loaded.model, loaded.params)
+
+
+@pytest.fixture(scope="module")
+def write(loaded, generator, pieces):
+    def run(grammars, **settings):
+        prompts = [[BOS, *loaded.tokenizer.encode(f"number {i}")] for i in range(len(grammars))]
+        return write_bound_texts(
+            generator, loaded.tokenizer, pieces, prompts, grammars, **settings
+        )
+
+    return run
+
+
+def check(schema, text):
+    jsonschema.validate(
+        json.loads(text), schema, format_checker=jsonschema.FormatChecker(formats=["date"])
+    )
+
+
+@pytest.mark.parametrize("limit", [8, 40, 120])
+def test_every_text_of_a_batch_is_valid_for_its_own_schema(write, loaded, limit):
+    results = write([json_schema(s) for s in SCHEMAS], max_new_tokens=limit, sampling=WILD)
+    for schema, result in zip(SCHEMAS, results, strict=True):
+        assert len(result.tokens) == len(result.logprobs) <= limit
+        assert loaded.tokenizer.decode(result.tokens) == result.text
+        if result.ending == "cut":  # the shortest of these has more tokens than the limit
+            assert limit == 8 or (limit == 40 and schema is PERSON)
+        else:
+            check(schema, result.text)
+    if limit == 120:
+        assert {result.ending for result in results} == {"complete", "closed"}
+
+
+def test_a_limit_may_cut_instead(write):
+    (closed,) = write([json_schema({"type": "string"})], max_new_tokens=6, sampling=WILD)
+    (cut,) = write([json_schema({"type": "string"})], max_new_tokens=6, sampling=WILD, on_limit="cut")
+    assert (closed.ending, cut.ending) == ("closed", "cut")
+    assert closed.tokens[:5] == cut.tokens[:5]
+    assert json.loads(closed.text) == json.loads(cut.text[: len(closed.text) - 1] + '"')
+
+
+def test_regular_expressions_and_grammars(write):
+    pattern, sums = r"[A-Z]{2}-\d{1,4}(, (yes|no))?", "start: n (\"+\" n)* \"=\" n\nn: /[0-9]{1,3}/"
+    results = write([regex(pattern), lark(sums)] * 2, max_new_tokens=30, sampling=WILD)
+    for result, form in zip(results, [pattern, r"\d{1,3}(\+\d{1,3})*=\d{1,3}"] * 2, strict=True):
+        assert re.fullmatch(form, result.text), result
+
+
+def test_a_text_does_not_depend_on_its_batch(write, loaded, generator, pieces):
+    grammars = [json_schema(s) for s in SCHEMAS[:4]]
+    together = write(grammars, max_new_tokens=40, seeds=[3, 4, 5, 6])
+    for i, grammar in enumerate(grammars):
+        prompt = [BOS, *loaded.tokenizer.encode(f"number {i}")]
+        (alone,) = write_bound_texts(
+            generator,
+            loaded.tokenizer,
+            pieces,
+            [prompt],
+            [grammar],
+            max_new_tokens=40,
+            seeds=[3 + i],
+        )
+        assert alone.tokens == together[i].tokens
+        for here, there in zip(alone.logprobs, together[i].logprobs, strict=True):
+            assert here == (there if there is None else pytest.approx(there, abs=1e-4))
+
+
+def test_drawn_tokens_have_the_models_log_probabilities(write, loaded, reference):
+    (result,) = write([json_schema(PERSON)], max_new_tokens=60, sampling=Sampling(temperature=0))
+    prompt = [BOS, *loaded.tokenizer.encode("number 0")]
+    logits = reference.all([*prompt, *result.tokens])
+    drawn = [i for i, value in enumerate(result.logprobs) if value is not None]
+    assert 0 < len(drawn) < len(result.tokens)  # forced ones have none
+    for i in drawn:
+        z = logits[len(prompt) + i - 1]
+        expected = z[result.tokens[i]] - np.logaddexp.reduce(z)
+        assert result.logprobs[i] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_way_to_the_end_is_found_from_anywhere(loaded, pieces):
+    rng = random.Random(0)
+    for schema in SCHEMAS:
+        for steps in (1, 5, 20, 60):
+            matcher = GrammarMatcher(json_schema(schema), pieces)
+            while len(matcher.tokens) < steps and not matcher.finished:
+                bits = np.frombuffer(matcher._inner.compute_bitmask(), np.uint8)
+                ids = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+                matcher.take(matcher.forced() or [int(rng.choice(ids[ids > 106]))])
+            tokens = matcher.close(len(matcher.tokens) + 200)
+            check(schema, loaded.tokenizer.decode(tokens))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (lambda: json_schema({"not": {}}), 'the schema uses "not", which'),
+        (lambda: json_schema({"type": "array", "contains": {}}), 'uses "contains"'),
+        (lambda: json_schema({"type": "string", "format": "regex"}), "Unknown format: regex"),
+        (lambda: json_schema({"minLength": 3, "maxLength": 1, "type": "string"}), "minLength"),
+        (lambda: json_schema(False), "schema is false"),
+        (lambda: json_schema({"type": "strng"}), "Invalid type: strng"),
+        (lambda: json_schema({"$ref": "#/$defs/x"}), "/x' does not exist"),
+        (lambda: json_schema("{"), "the schema is not valid JSON"),
+        (lambda: json_schema("3"), "the schema is 3; a schema is an object"),
+        (lambda: regex("a(b"), "the regular expression cannot be obeyed: .*unclosed group"),
+        (lambda: regex("(?=a)b"), "look-around"),
+        (lambda: lark("start: foo"), 'unknown name: "foo"'),
+    ],
+)
+def test_what_cannot_be_obeyed_is_named(pieces, grammar, message):
+    with pytest.raises(UserError, match=message) as error:
+        GrammarMatcher(grammar(), pieces)
+    assert "\n" not in str(error.value)
