@@ -7,6 +7,7 @@ and computed in parts; Shoeybi et al. 2019). Modules name the *logical* axes of 
 inserts the collectives, where an op does not do so itself in a `shard_map`.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -106,12 +107,12 @@ class Layout:
         """Leading dimension split over the batch axes, the others whole."""
         return NamedSharding(self.mesh, PartitionSpec(self.rules.batch))
 
-    def own_rows(self, batch_size: int) -> np.ndarray:
+    def own_rows(self, batch_size: int) -> list[int]:
         """Which rows of a batch lie on this process's devices, in order; it needs no others.
 
         Rows lie on several processes where one of them holds only a part of the other axes.
         """
-        return _own_rows(self, batch_size)
+        return list(_own_rows(self, batch_size))
 
     def place(
         self, rows: Mapping[str, np.ndarray], batch_size: int | None = None
@@ -123,13 +124,13 @@ class Layout:
 
         def array(x: np.ndarray) -> jax.Array:
             size = len(x) if batch_size is None else batch_size
-            first = np.arange(size) if batch_size is None else self.own_rows(size)
+            held = range(size) if batch_size is None else self.own_rows(size)
             shape = (size, *x.shape[1:])
             sharding = NamedSharding(self.mesh, self.spec(("batch",), (size,)))
 
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(size)
-                at = int(np.searchsorted(first, start))
+                at = bisect.bisect_left(held, start)
                 return x[at : at + stop - start]
 
             return jax.make_array_from_callback(shape, sharding, part)
@@ -173,11 +174,11 @@ _LAYOUT: Any = jax.make_user_context(None)
 
 
 @functools.lru_cache(maxsize=64)
-def _own_rows(layout: Layout, batch_size: int) -> np.ndarray:
+def _own_rows(layout: Layout, batch_size: int) -> tuple[int, ...]:
     sharding = NamedSharding(layout.mesh, layout.spec(("batch",), (batch_size,)))
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
     held = {row for part in parts if part for row in range(*part[0].indices(batch_size))}
-    return np.array(sorted(held))
+    return tuple(sorted(held))
 
 
 def make_layout(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
@@ -187,6 +188,19 @@ def make_layout(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
     types = (AxisType.Auto,) * len(MESH_AXES)
     mesh = Mesh(arrange(devices, shape), MESH_AXES, axis_types=types)
     return Layout(mesh, PRESETS[config.rules])
+
+
+def chosen_layout(config: MeshConfig | None) -> Layout | None:
+    """The layout that was asked for; None, "the first device", where none was and there is but one
+    process. Several have to share what they compute."""
+    if config is None and jax.process_count() == 1:
+        return None
+    return make_layout(config or MeshConfig())
+
+
+def active(layout: Layout | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a layout active, if there is one."""
+    return contextlib.nullcontext() if layout is None else layout.active()
 
 
 def arrange(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:

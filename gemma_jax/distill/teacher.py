@@ -1,9 +1,9 @@
 """The teacher's job: run a model over packed sequences and write sparse targets for each token.
 
 One jitted step a batch: hidden states, then chunk after chunk of positions through the vocabulary
-head and the sampler. A chunk of logits is all that is ever held of [tokens, V], and of that a device
-holds its own tokens and its own part of the vocabulary. While the devices work on a batch the host
-encodes the one before. Of several processes all compute and the first writes.
+head and the sampler. A chunk of logits is all that is ever held of [tokens, V], and of that each
+device holds its own tokens and its own part of the vocabulary. While the devices work on a batch
+the host encodes the one before. Of several processes all compute and the first writes.
 """
 
 import collections
@@ -117,7 +117,9 @@ class Teacher:
             params: Any, batch: dict[str, jax.Array], record_index: jax.Array
         ) -> TeacherOutput:
             hidden = hidden_fn(params, batch["tokens"], batch["positions"], batch["segment_ids"])
-            return _sample(hidden, embedding_fn(params), batch["labels"], record_index, job, softcap)
+            return _sample(
+                hidden, embedding_fn(params), batch["labels"], record_index, job, softcap
+            )
 
         self._step = jax.jit(step)
 

@@ -18,6 +18,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model.cache import begin_with, init_cache, repeat_rows
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.ops.vocab_loss import vocab_loss
+from gemma_jax.sharding import pin
 
 _MIN_SHARED = 32  # tokens in common below which a second program is not worth it
 _MIN_BUCKET = 16
@@ -216,4 +217,5 @@ def _score(
     )
     logit = stats.target_logits[..., 0]
     logprobs = jnp.where(inside, logit - stats.lse, 0).sum(axis=1)
-    return logprobs, ((logit >= stats.max_logit) | ~inside).all(axis=1)
+    greedy = ((logit >= stats.max_logit) | ~inside).all(axis=1)
+    return pin(logprobs), pin(greedy)  # every process looks at them

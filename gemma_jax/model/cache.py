@@ -9,7 +9,7 @@ say) its slots are: each device reads its share of them for every token, and a m
 output of the size of one token join what the devices saw. Splitting head_dim would join all scores.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
 
 
 def cache_axes(layout: Layout, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """Logical axes of cached keys or values [..., B, C, K, H]: kv heads, or slots in their place."""
+    """Logical axes of cached keys [..., B, C, K, H] or values: kv heads, or slots instead."""
     axes = (*[None] * (len(shape) - 4), "batch", None, "kv_heads", None)
     return axes if layout.spec(axes, shape)[-2] else (*axes[:-3], "slots", None, None)
 
@@ -104,7 +104,7 @@ def write(
         return _put(cache, k, v, positions, slot)
 
     token, place = PartitionSpec(rows, None, kept[2], None), PartitionSpec(rows)
-    whole = LayerCache(kept, kept, PartitionSpec(rows, axis))
+    whole: Any = LayerCache(kept, kept, PartitionSpec(rows, axis))  # type: ignore[arg-type]
     return jax.shard_map(
         local,
         mesh=layout.mesh,

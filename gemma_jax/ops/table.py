@@ -100,9 +100,7 @@ class _Lookup(NamedTuple):
     table_dtype: Any
 
 
-def lookup(
-    table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: Any
-) -> Float[Array, "B T D"]:
+def lookup(table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
     """`table[ids]` in `dtype`; the gradient of the table is summed in float32."""
     if current_layout() is None:
         return table[ids].astype(dtype)

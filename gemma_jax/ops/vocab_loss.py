@@ -145,7 +145,7 @@ def _sharded(
         in_specs=(rows, parts.table, rows, rows),
         out_specs=(
             PartitionSpec(),
-            VocabStats(rows, rows, rows),
+            rows,  # of all statistics
             (rows, parts.table) if with_gradient else None,
         ),
         check_vma=False,

@@ -143,9 +143,7 @@ def test_a_mesh_equals_one_device_and_gathers_parameters_alone(mesh, softcap):
     rows = layout.batch_sharding()
     table = jax.sharding.NamedSharding(layout.mesh, layout.spec(("vocab", "embed"), (V, D)))
     with layout.active():
-        arguments = jax.device_put(
-            (hidden, embedding, ids, weights), (rows, table, rows, rows)
-        )
+        arguments = jax.device_put((hidden, embedding, ids, weights), (rows, table, rows, rows))
         compiled = jax.jit(run).lower(*arguments).compile()
         got = compiled(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)

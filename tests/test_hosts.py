@@ -1,0 +1,126 @@
+"""Several processes as one: the same curve, each with its own share of the data."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import command, ended, environment, write_inputs
+
+from gemma_jax.distill.shards import TeacherShards
+
+SCRIPT = Path(__file__).with_name("one_of_several.py")
+DEVICES = 8
+ROWS, STEPS = 8, 4
+
+STUDENT = """
+import dataclasses
+from exp import BASE
+from gemma_jax.data.tokenizer import TokenizerConfig
+from gemma_jax.data.tokens import Corpus
+from gemma_jax.distill.objective import Distill
+from gemma_jax.experiment import TeacherRun
+from gemma_jax.experiment_file import argument
+from gemma_jax.sharding import MeshConfig
+
+MESH = MeshConfig(data=argument("data", 2), fsdp=argument("fsdp", 2), tensor=argument("tensor", 2))
+corpus = Corpus(
+    path="tokens", sources=("good.jsonl",), tokenizer=TokenizerConfig(vocab_size=400),
+    valid_fraction=0.1,
+)
+TEACHER = dataclasses.replace(BASE, name="teacher", data=corpus, mesh=MESH)
+shards = TeacherRun(
+    path="shards", teacher=TEACHER, draws=16, num_sequences=20, records_per_shard=8, mesh=MESH
+)
+BASE = dataclasses.replace(
+    TEACHER, name="student", seed=1, objective=Distill(shards=shards), mesh=MESH
+)
+"""
+
+
+def run_together(folder: Path, argv: list[str], count: int) -> list[dict]:
+    """Runs a command in `count` processes with eight devices in all; returns their notes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in range(count):
+        own = [] if count == 1 else ["--coordinator", f"127.0.0.1:{port}"]
+        own += [] if count == 1 else ["--num-processes", str(count), "--process-id", str(number)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), str(folder / f"read{number}.json"), *argv, *own],
+                env=environment() | {"JAX_NUM_CPU_DEVICES": str(DEVICES // count)},
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=400) for process in started]
+    for process, (_, err) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, err
+    assert outputs[0][0]
+    assert not any(out for out, _ in outputs[1:])  # results are printed once
+    return [json.loads((folder / f"read{number}.json").read_text()) for number in range(count)]
+
+
+def losses(folder: Path, name: str) -> dict[str, list[float]]:
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    names = ("loss", "grad_norm", "valid/loss", "valid/bits_per_byte")
+    return {name: [r[name] for r in records if name in r] for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Data, teacher, shards and student of one process with eight devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_inputs(folder)
+    (folder / "student.py").write_text(STUDENT)
+    return folder, run_together(folder, ["train", "student.py"], 1)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [((2, 2, 2), 2), ((1, 4, 2), 2), ((1, 1, 8), 1)], ids=str
+)
+def test_two_processes_are_one(alone, tmp_path, mesh, parts):
+    """From text to a student; with `tensor` across processes both need every row."""
+    other, whole = alone
+    folder = tmp_path / "together"
+    folder.mkdir()
+    write_inputs(folder)
+    (folder / "student.py").write_text(STUDENT)
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    arguments = [part for name, x in sizes.items() for part in ("--arg", f"{name}={x}")]
+    notes = run_together(folder, ["train", "student.py", *arguments], 2)
+
+    for name in ("teacher", "student"):
+        ours, theirs = losses(folder, name), losses(other, name)
+        assert len(ours["loss"]) >= 1
+        for metric, values in theirs.items():
+            np.testing.assert_allclose(ours[metric], values, rtol=1e-5, err_msg=f"{name} {metric}")
+    ours, theirs = (TeacherShards.open(path / "shards") for path in (folder, other))
+    assert ours.manifest["token_hash"] == theirs.manifest["token_hash"]
+    assert [s["records"] for s in ours.manifest["shards"]] == [8, 8, 4]
+
+    for kind in ("packed", "shards"):
+        batches = np.array(whole[kind][: ROWS * STEPS]).reshape(STEPS, ROWS)
+        for number, read in enumerate(notes):
+            share = ROWS // parts
+            rows = slice(number * share, number * share + share) if parts > 1 else slice(None)
+            own = batches[:, rows].ravel().tolist()
+            assert sorted(read[kind][: len(own)]) == sorted(own), (kind, number)
+
+
+def test_a_process_that_finds_no_others_says_what_it_needs(tmp_path):
+    write_inputs(tmp_path)
+    done = ended([*command("train", str(tmp_path / "exp.py")), "--num-processes", "2"])
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "give each --coordinator HOST:PORT" in done.stderr
