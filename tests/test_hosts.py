@@ -1,7 +1,6 @@
 """Several processes as one: the same curve, each with its own share of the data."""
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
