@@ -1,12 +1,13 @@
 """The command line as one of several processes, which notes what it reads.
 
-    one_of_several.py NOTES ARGUMENTS ...
+    one_of_several.py NOTES ARGUMENTS ... [then ARGUMENTS ...]
 
 NOTES gets {"packed": [...], "shards": [...]}, the numbers of the sequences and records that this
 process has read for training.
 """
 
 import atexit
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -33,4 +34,6 @@ def records(self, indices):
 
 PackedStream.read, TeacherShards.__getitems__ = packed, records
 atexit.register(lambda: notes.write_text(json.dumps(read)))
-main(arguments)
+for is_word, command in itertools.groupby(arguments, key=lambda word: word == "then"):
+    if not is_word:
+        main(list(command))

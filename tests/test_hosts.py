@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import command, ended, environment, write_inputs
+from example_files import CHOICES
 
 from gemma_jax.distill.shards import TeacherShards
 
@@ -41,8 +42,9 @@ BASE = dataclasses.replace(
 """
 
 
-def run_together(folder: Path, argv: list[str], count: int) -> list[dict]:
-    """Runs a command in `count` processes with eight devices in all; returns their notes."""
+def run_together(folder: Path, argv: list[str], count: int) -> tuple[list[dict], str]:
+    """Runs a command in `count` processes with eight devices in all: their notes, and the output
+    of the first. The first command of several gets what makes them one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,9 +52,11 @@ def run_together(folder: Path, argv: list[str], count: int) -> list[dict]:
     for number in range(count):
         own = [] if count == 1 else ["--coordinator", f"127.0.0.1:{port}"]
         own += [] if count == 1 else ["--num-processes", str(count), "--process-id", str(number)]
+        end = argv.index("then") if "then" in argv else len(argv)
+        own_argv = [*argv[:end], *own, *argv[end:]]
         started.append(
             subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(folder / f"read{number}.json"), *argv, *own],
+                [sys.executable, str(SCRIPT), str(folder / f"read{number}.json"), *own_argv],
                 env=environment() | {"JAX_NUM_CPU_DEVICES": str(DEVICES // count)},
                 cwd=folder,
                 stdout=subprocess.PIPE,
@@ -65,7 +69,8 @@ def run_together(folder: Path, argv: list[str], count: int) -> list[dict]:
         assert process.returncode == 0, err
     assert outputs[0][0]
     assert not any(out for out, _ in outputs[1:])  # results are printed once
-    return [json.loads((folder / f"read{number}.json").read_text()) for number in range(count)]
+    notes = [json.loads((folder / f"read{number}.json").read_text()) for number in range(count)]
+    return notes, outputs[0][0]
 
 
 def losses(folder: Path, name: str) -> dict[str, list[float]]:
@@ -81,7 +86,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     write_inputs(folder)
     (folder / "student.py").write_text(STUDENT)
-    return folder, run_together(folder, ["train", "student.py"], 1)[0]
+    return folder, run_together(folder, ["train", "student.py"], 1)[0][0]
 
 
 @pytest.mark.slow
@@ -97,7 +102,7 @@ def test_two_processes_are_one(alone, tmp_path, mesh, parts):
     (folder / "student.py").write_text(STUDENT)
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
     arguments = [part for name, x in sizes.items() for part in ("--arg", f"{name}={x}")]
-    notes = run_together(folder, ["train", "student.py", *arguments], 2)
+    notes, _ = run_together(folder, ["train", "student.py", *arguments], 2)
 
     for name in ("teacher", "student"):
         ours, theirs = losses(folder, name), losses(other, name)
@@ -115,6 +120,33 @@ def test_two_processes_are_one(alone, tmp_path, mesh, parts):
             rows = slice(number * share, number * share + share) if parts > 1 else slice(None)
             own = batches[:, rows].ravel().tolist()
             assert sorted(read[kind][: len(own)]) == sorted(own), (kind, number)
+
+
+@pytest.mark.slow
+def test_finished_models_are_used_by_two_processes(alone):
+    """Text, tasks, shards and prompts on a mesh that reaches over both."""
+    folder, _ = alone
+    (folder / "task.jsonl").write_text("".join(json.dumps(x) + "\n" for x in CHOICES))
+    verbs = [
+        "eval runs/teacher --data tokens --json",
+        "eval runs/teacher --tasks task.jsonl --json",
+        "teacher runs/teacher tokens PATH --seq-len 32 --num-sequences 10 --draws 8 --json",
+        "generate runs/teacher --prompt abc --prompt de --max-new-tokens 6 --temperature 0 --json",
+    ]
+    results = []
+    for count, mesh in ((1, "data=8,rules=dp"), (2, "fsdp=2,tensor=4")):
+        lines = [f"{verb.replace('PATH', f'drawn{count}')} --mesh {mesh}" for verb in verbs]
+        _, out = run_together(folder, " then ".join(lines).split(), count)
+        results.append([json.loads(line) for line in out.splitlines()])
+    (text1, tasks1, shards1, said1), (text2, tasks2, shards2, said2) = results
+    assert text2 == pytest.approx(text1, rel=1e-5)
+    for name, found in next(iter(tasks1["tasks"].values()))["metrics"].items():
+        assert next(iter(tasks2["tasks"].values()))["metrics"][name] == pytest.approx(found)
+    assert said1 == said2
+    for name in ("teacher_hash", "token_hash", "num_records", "num_tokens"):
+        assert shards1[name] == shards2[name]
+    for name in ("teacher_entropy", "teacher_cross_entropy"):
+        assert shards1[name] == pytest.approx(shards2[name], rel=1e-4)
 
 
 def test_a_process_that_finds_no_others_says_what_it_needs(tmp_path):

@@ -242,7 +242,7 @@ def _feed(
     return state._replace(
         cache=cache,
         hidden=jnp.where((count > 0)[:, None], last, state.hidden),
-        length=pin(state.length + count),  # every process looks at it
+        length=pin(state.length + count),
         seen=seen,
     )
 
@@ -289,8 +289,8 @@ def _draw(
         state = State(
             cache,
             jnp.where(going[:, None], hidden[:, 0], state.hidden),
-            pin(state.length + valid),
-            pin(state.done | (token[:, None] == stops).any(-1)),
+            state.length + valid,
+            state.done | (token[:, None] == stops).any(-1),
             state.keys,
             seen,
         )
@@ -304,4 +304,6 @@ def _draw(
     tokens = jnp.full((B, size), -1, jnp.int32)
     empty = jnp.zeros((B, size), jnp.float32)
     loop = jax.lax.while_loop(more, draw, _Loop(state, jnp.int32(0), tokens, empty))
-    return loop.state, pin(loop.tokens), pin(loop.logprobs), loop.step
+    # Every process looks at these.
+    state = loop.state._replace(length=pin(loop.state.length), done=pin(loop.state.done))
+    return state, pin(loop.tokens), pin(loop.logprobs), loop.step

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_jax.distill import teacher as teacher_module
+from gemma_jax.distill import head
 from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.distill.verify import verify_teacher_shards
@@ -73,7 +73,7 @@ def test_chunks_batches_and_devices_do_not_change_the_draws(
     """Of the head only: the hidden states of this teacher do not depend on the batch."""
     sequences = make_sequences(16)
     expected = [TeacherShards.open(shard_folder).record(i) for i in range(16)]
-    monkeypatch.setattr(teacher_module, "_MAX_LOGITS", 300 * 5 * 7)
+    monkeypatch.setattr(head, "_MAX_LOGITS", 300 * 5 * 7)
     others = {
         "chunks": make_teacher(tmp_path / "chunks", batch_size=5, records_per_shard=16),
         "devices": make_teacher(tmp_path / "devices", make_layout(MeshConfig()), batch_size=8),
