@@ -32,6 +32,11 @@ def first_alone[T](work: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return work()
+    if not jax.distributed.is_initialized():
+        raise UserError(
+            f"this is one of {jax.process_count()} processes, and they were not joined; add "
+            "--distributed, or call jax.distributed.initialize() first."
+        )
     client = multihost.get_jax_distributed_client()
     key = f"gemma_jax/first_alone/{next(_turns)}"
     if not is_first():

@@ -42,21 +42,20 @@ BASE = dataclasses.replace(
 """
 
 
-def run_together(folder: Path, argv: list[str], count: int) -> tuple[list[dict], str]:
-    """Runs a command in `count` processes with eight devices in all: their notes, and the output
-    of the first. The first command of several gets what makes them one."""
+def start_together(folder: Path, argv: list[str], count: int) -> list[tuple[int, str, str]]:
+    """Runs a command in `count` processes with eight devices in all: their exit codes, stdout and
+    stderr. Of several commands with `then` between them, the first gets what makes them one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    end = argv.index("then") if "then" in argv else len(argv)
     started = []
     for number in range(count):
-        own = [] if count == 1 else ["--coordinator", f"127.0.0.1:{port}"]
-        own += [] if count == 1 else ["--num-processes", str(count), "--process-id", str(number)]
-        end = argv.index("then") if "then" in argv else len(argv)
-        own_argv = [*argv[:end], *own, *argv[end:]]
+        one = f"--coordinator 127.0.0.1:{port} --num-processes {count} --process-id {number}"
+        own = [*argv[:end], *(one.split() if count > 1 else []), *argv[end:]]
         started.append(
             subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(folder / f"read{number}.json"), *own_argv],
+                [sys.executable, str(SCRIPT), str(folder / f"read{number}.json"), *own],
                 env=environment() | {"JAX_NUM_CPU_DEVICES": str(DEVICES // count)},
                 cwd=folder,
                 stdout=subprocess.PIPE,
@@ -65,12 +64,18 @@ def run_together(folder: Path, argv: list[str], count: int) -> tuple[list[dict],
             )
         )
     outputs = [process.communicate(timeout=400) for process in started]
-    for process, (_, err) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, err
-    assert outputs[0][0]
-    assert not any(out for out, _ in outputs[1:])  # results are printed once
+    return [(one.returncode, *text) for one, text in zip(started, outputs, strict=True)]
+
+
+def run_together(folder: Path, argv: list[str], count: int) -> tuple[list[dict], str]:
+    """The same for commands that succeed: the notes of each process, and the results."""
+    done = start_together(folder, argv, count)
+    for code, _, err in done:
+        assert code == 0, err
+    assert done[0][1]
+    assert not any(out for _, out, _ in done[1:])  # results are printed once
     notes = [json.loads((folder / f"read{number}.json").read_text()) for number in range(count)]
-    return notes, outputs[0][0]
+    return notes, done[0][1]
 
 
 def losses(folder: Path, name: str) -> dict[str, list[float]]:
@@ -147,6 +152,16 @@ def test_finished_models_are_used_by_two_processes(alone):
         assert shards1[name] == shards2[name]
     for name in ("teacher_entropy", "teacher_cross_entropy"):
         assert shards1[name] == pytest.approx(shards2[name], rel=1e-4)
+
+
+def test_what_is_refused_to_the_first_is_refused_to_all(tmp_path):
+    """The experiment's data are not there: one sentence each, and none waits for another."""
+    write_inputs(tmp_path)
+    done = start_together(tmp_path, ["train", "exp.py"], 2)
+    assert [code for code, _, _ in done] == [2, 2]
+    sentences = {line for _, _, err in done for line in err.splitlines() if "error:" in line}
+    assert len(sentences) == 1
+    assert "tokens" in sentences.pop()
 
 
 def test_a_process_that_finds_no_others_says_what_it_needs(tmp_path):
