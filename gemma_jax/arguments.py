@@ -20,6 +20,23 @@ def seed(text: str) -> int:
     return value
 
 
+def mesh(text: str) -> dict[str, Any]:
+    """The type of `--mesh`: the settings of a mesh by name."""
+    known = ("data", "fsdp", "tensor", "rules")
+    settings: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known or not value or name in settings:
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is no mesh; give some of {', '.join(known)}, as in fsdp=4,tensor=2"
+            )
+        try:
+            settings[name] = value if name == "rules" else int(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part} must be a whole number") from None
+    return settings
+
+
 def _joined(argv: Sequence[str]) -> list[str]:
     """`data build x` with its verb as one argument, as argparse wants it."""
     for verb in TWO_WORDS:
@@ -88,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb("quickstart", "Text in, a distilled student out, and a verdict.")
     one.add_argument("file", nargs="?", help="another experiment file of the same kind")
     _settings_options(one)
+    _device_options(one, mesh_too=False)
 
     one = verb("data build", "Tokenise text into a token set.")
     one.add_argument("path", help="folder of the token set")
@@ -106,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("file", help="experiment file")
     one.add_argument("--point", help="a point of its SWEEP, instead of BASE")
     _settings_options(one)
+    _device_options(one, mesh_too=False)
 
     one = verb("teacher", "Run a trained model over a token set and write its targets.")
     one.add_argument("checkpoint", help="folder of a run")
@@ -122,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=seed, default=0, help="of the draws and of the order")
     one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
     one.add_argument("--num-sequences", type=_positive, help="all of the training split by default")
+    _device_options(one)
 
     _verbs_of_what_is_made(verb)
     return whole
@@ -132,11 +152,13 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     one.add_argument("path", help="folder of the shards")
     one.add_argument("--checkpoint", help="the teacher's run, to recompute a sample of records")
     one.add_argument("--sample", type=_positive, default=32, help="records to recompute")
+    _device_options(one)
 
     one = verb("sweep", "Run every point of an experiment file's SWEEP.")
     one.add_argument("file", help="experiment file")
     one.add_argument("--seeds", help="seeds instead of the file's, such as 0,1,2")
     _settings_options(one)
+    _device_options(one, mesh_too=False)
 
     one = verb("eval", "Bits per byte and perplexity on text, or scores on tasks.")
     one.add_argument("checkpoint", help="folder of a run")
@@ -145,6 +167,7 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence; the run's by default")
     one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
     _task_options(one)
+    _device_options(one)
 
     _model_verbs(verb)
 
@@ -172,6 +195,7 @@ def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     )
     one.add_argument("--logprobs", action="store_true", help="tokens and their log-probabilities")
     one.add_argument("--seed", type=seed, default=0, help="of the first prompt; then one more each")
+    _device_options(one)
 
     one = verb("import", "Take a Hugging Face folder or a GGUF file in as a run.")
     one.add_argument("source", help="folder with config.json and safetensors, or a .gguf file")
@@ -187,6 +211,25 @@ def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
         choices=("f32", "bf16", "f16", "q8_0", "q4_0"),
         help="of the matrices; q8_0 and q4_0 are GGUF's",
     )
+
+
+def _device_options(parser: argparse.ArgumentParser, *, mesh_too: bool = True) -> None:
+    """Over which devices, and together with which other processes, a verb works."""
+    if mesh_too:
+        parser.add_argument(
+            "--mesh",
+            type=mesh,
+            metavar="AXIS=SIZE,...",
+            help="split the model over devices: fsdp=4,tensor=2; what is left over goes to data",
+        )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as SLURM or Cloud TPU starts them",
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    parser.add_argument("--num-processes", type=_positive, help="that run this command together")
+    parser.add_argument("--process-id", type=_at_least(0), help="of this one, from 0")
 
 
 def _settings_options(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from gemma_jax.files import disk_errors
 from gemma_jax.process import (
     STOPPED,
     import_uninterrupted,
+    join_processes,
     quiet_libraries,
     quiet_threads,
     use_compilation_cache,
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet_threads()
     use_compilation_cache()
     try:
+        if _joins(arguments):
+            join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
         with disk_errors(_writes(arguments), full_only=True):
             import_uninterrupted(_NEEDS.get(arguments.verb, "gemma_jax.experiment"))
             _VERBS[arguments.verb](arguments)
@@ -57,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone: nothing left to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _joins(arguments: argparse.Namespace) -> bool:
+    """Whether a command is to be run by several processes together, if its verb can be."""
+    if not hasattr(arguments, "distributed"):
+        return False
+    given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    asked = arguments.distributed or any(value is not None for value in given)
+    return asked or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
 def _writes(arguments: argparse.Namespace) -> str:
@@ -118,6 +130,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _teacher(arguments: argparse.Namespace) -> None:
     from gemma_jax.data.tokens import TokenSet
     from gemma_jax.distill.teacher import TeacherJob
+    from gemma_jax.sharding import MeshConfig
     from gemma_jax.trained import write_shards
 
     job = TeacherJob(
@@ -126,6 +139,7 @@ def _teacher(arguments: argparse.Namespace) -> None:
         method=arguments.method,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
+        mesh=cli_models.mesh(arguments) or MeshConfig(),
     )
     manifest = write_shards(
         job,
@@ -140,7 +154,9 @@ def _teacher(arguments: argparse.Namespace) -> None:
 def _teacher_verify(arguments: argparse.Namespace) -> None:
     from gemma_jax.trained import verify_shards
 
-    found = verify_shards(arguments.path, arguments.checkpoint, arguments.sample)
+    found = verify_shards(
+        arguments.path, arguments.checkpoint, arguments.sample, cli_models.mesh(arguments)
+    )
     report.emit(arguments, found, report.figures(found))
 
 
@@ -166,6 +182,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             batch_tokens=arguments.batch_tokens,
             compute_dtype=arguments.compute_dtype,
             output=arguments.output,
+            mesh=cli_models.mesh(arguments),
         )
         report.emit(arguments, result, report.scores(result))
         return
@@ -178,6 +195,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         text_field=arguments.text_field,
         seq_len=arguments.seq_len,
         batch_size=arguments.batch_size,
+        mesh=cli_models.mesh(arguments),
     )
     report.emit(arguments, result, report.figures(result))
 

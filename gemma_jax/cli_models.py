@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from gemma_jax import report
 from gemma_jax.errors import UserError
 
-if TYPE_CHECKING:  # both import jax, which takes a second
+if TYPE_CHECKING:  # all import jax, which takes a second
     from gemma_jax.completion import Prompt, TextCompletion
     from gemma_jax.generation.sampling import Sampling
+    from gemma_jax.sharding import MeshConfig
 
 
 def import_(arguments: argparse.Namespace) -> None:
@@ -31,6 +32,13 @@ def export(arguments: argparse.Namespace) -> None:
     report.emit(arguments, value, report.figures(value))
 
 
+def mesh(arguments: argparse.Namespace) -> "MeshConfig | None":
+    """The mesh that was asked for, None where none was."""
+    from gemma_jax.sharding import MeshConfig
+
+    return None if arguments.mesh is None else MeshConfig(**arguments.mesh)
+
+
 def generate(arguments: argparse.Namespace) -> None:
     from gemma_jax.completion import TextGenerator
     from gemma_jax.generation.sampling import Sampling
@@ -46,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> None:
         _chat(arguments, sampling)
         return
     prompts: list[Prompt] = arguments.prompt or _prompts(Path(arguments.file))
-    writer = TextGenerator(arguments.checkpoint)
+    writer = TextGenerator(arguments.checkpoint, mesh=mesh(arguments))
     if (
         len(prompts) == 1
         and isinstance(prompts[0], str)
@@ -129,7 +137,7 @@ def _chat(arguments: argparse.Namespace, sampling: "Sampling") -> None:
     from gemma_jax.completion import Conversation, TextGenerator
 
     talk = Conversation(
-        TextGenerator(arguments.checkpoint),
+        TextGenerator(arguments.checkpoint, mesh=mesh(arguments)),
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,

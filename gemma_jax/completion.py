@@ -12,6 +12,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.generation.decode import Generator, State
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.generation.text import STOP_IDS, STRIDE, TextCompletion, Writer, write_texts
+from gemma_jax.sharding import MeshConfig, chosen_layout
 
 type Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a conversation
 
@@ -19,17 +20,25 @@ type Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a 
 class TextGenerator:
     """A model and its tokenizer, ready to write."""
 
-    def __init__(self, folder: str | Path, *, compute_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        compute_dtype: str | None = None,
+        mesh: MeshConfig | None = None,
+    ) -> None:
         """`folder` is a run, one of its checkpoints, or an imported model.
 
-        The compute dtype is the model's own; on a CPU, which has no fast bfloat16, float32.
+        The compute dtype is the model's own; on a CPU, which has no fast bfloat16, float32. `mesh`
+        splits the model over devices; it is on the first one by default.
         """
+        layout = chosen_layout(mesh)
         on_cpu = jax.default_backend() == "cpu"
         loaded = runs.load_model(
-            folder, compute_dtype=compute_dtype or ("float32" if on_cpu else None)
+            folder, layout=layout, compute_dtype=compute_dtype or ("float32" if on_cpu else None)
         )
         self.tokenizer = loaded.tokenizer
-        self.generator = Generator(loaded.model, loaded.params)
+        self.generator = Generator(loaded.model, loaded.params, layout)
 
     @property
     def context(self) -> int:

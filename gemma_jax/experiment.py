@@ -5,6 +5,7 @@ first use (`run`), and found again afterwards.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gemma_jax.distill.shards import TeacherShards, shard_stream
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.errors import UserError, require_positive
 from gemma_jax.eval.perplexity import make_evaluation
+from gemma_jax.hosts import first_alone, is_first
 from gemma_jax.model.config import ModelConfig, flops_per_token
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import check_types, to_json
@@ -138,8 +140,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
             "wall_s": round(seconds(), 1),
             "metrics": outcome.metrics,
         }
-        if jax.process_index() == 0:
-            runs.write_result(experiment.folder, result)
+        write = runs.write_result if is_first() else lambda *_: None
+        first_alone(lambda: write(experiment.folder, result))
     return result
 
 
@@ -164,11 +166,11 @@ def build(experiment: Experiment) -> Job:
             "mesh."
         )
     _check_teacher(experiment)
-    sources = open_sources(experiment.data)
+    sources = first_alone(lambda: open_sources(experiment.data))
     tokenizer = next(iter(sources.values())).tokenizer
     _check_vocabulary(experiment, tokenizer)
     model, config = Transformer(experiment.model), experiment.model
-    if jax.process_index() == 0:
+    if is_first():
         runs.describe_model(experiment.folder, config, tokenizer)
     return Job(
         name=experiment.name,
@@ -179,7 +181,8 @@ def build(experiment: Experiment) -> Job:
         axes=model.axes(),
         objective=experiment.objective.build(model, softcap=config.final_softcap),
         optimizer=experiment.optimizer,
-        batches=_batches(experiment, sources, tokenizer),
+        batches=_batches(experiment, sources, tokenizer, layout.own_rows(rows)),
+        batch_size=rows,
         num_steps=experiment.num_steps,
         tokens_per_step=experiment.batch_tokens,
         flops_per_token=flops_per_token(config, experiment.seq_len),
@@ -199,15 +202,15 @@ def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) ->
     """The shards of a job, written where they are not yet, of the student's tokenizer."""
     shards = _finished_shards(job)
     if isinstance(job, TeacherRun) and shards is None:
-        trained.check_one_process(job)
         data, seq_len = _what_it_reads(job)
-        tokens = open_tokens(data)
+        tokens = first_alone(lambda: open_tokens(data))
         if tokenizer is not None:
             check_same_tokenizer(tokens, tokenizer, "the data of the student")
         trained.count_sequences(tokens, seq_len, job.num_sequences)
         folder = Path(job.teacher) if isinstance(job.teacher, str) else job.teacher.folder
         if isinstance(job.teacher, Experiment):
-            for own in open_sources(job.teacher.data).values():
+            own_data = job.teacher.data
+            for own in first_alone(lambda: open_sources(own_data)).values():
                 check_same_tokenizer(tokens, own.tokenizer, "the data of the teacher")
             run(job.teacher)
         trained.note_lesson(job, job.teacher)
@@ -227,7 +230,7 @@ def _finished_shards(job: TeacherJob | str) -> TeacherShards | None:
     shards = trained.find_shards(job, job.teacher, seq_len=seq_len, num_sequences=job.num_sequences)
     # A folder given by its name may hold another run by now: `write_shards` compares the weights.
     by_name = isinstance(job.teacher, str) and Path(job.teacher).exists()
-    return None if by_name and jax.process_count() == 1 else shards
+    return None if by_name else shards
 
 
 def _what_it_reads(job: TeacherRun) -> tuple[Corpus | str, int]:
@@ -271,12 +274,16 @@ def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
 
 
 def _batches(
-    experiment: Experiment, sources: dict[str, TokenSet], tokenizer: Tokenizer
+    experiment: Experiment,
+    sources: dict[str, TokenSet],
+    tokenizer: Tokenizer,
+    rows: Sequence[int],
 ) -> grain.IterDataset:
-    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    """The stream of this process's rows of each batch."""
+    size, seed = experiment.batch_size, experiment.seed
     if isinstance(experiment.objective, Distill):
         shards = prepare_shards(experiment.objective.shards, tokenizer)
-        return shard_stream(shards, batch_size=experiment.batch_size, seed=experiment.seed, **host)
+        return shard_stream(shards, batch_size=size, seed=seed, rows=rows)
     data = experiment.data
     whole = (Stage(until=1.0, weights={"data": 1.0}),)
     stages = data.stages if isinstance(data, Mixture) else whole
@@ -284,10 +291,10 @@ def _batches(
         sources,
         stages,
         seq_len=experiment.seq_len,
-        batch_size=experiment.batch_size,
+        batch_size=size,
         num_batches=experiment.num_steps,
-        seed=experiment.seed,
-        **host,
+        seed=seed,
+        rows=rows,
     )
 
 

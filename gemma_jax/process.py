@@ -10,7 +10,9 @@ import threading
 import warnings
 from typing import Any
 
+from gemma_jax.errors import UserError
 from gemma_jax.files import compilation_cache
+from gemma_jax.progress import silence
 
 STOPPED = "\nstopped; the same command goes on from the last thing saved."
 
@@ -63,6 +65,48 @@ def import_uninterrupted(module: str) -> None:
 def use_compilation_cache() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def join_processes(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins others that run the same command, before anything asks for devices.
+
+    `coordinator` is HOST:PORT of the first process. What is not given is found out from SLURM,
+    Cloud TPU, GKE or MPI by JAX, or from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. The first process alone prints results and progress.
+    """
+    import jax
+
+    given = {"JAX_NUM_PROCESSES": num_processes, "JAX_PROCESS_ID": process_id}
+    count, own = (_whole(name, value) for name, value in given.items())
+    try:
+        jax.distributed.initialize(coordinator, count, own)
+    except (ValueError, RuntimeError) as error:
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"the processes did not find each other ({cause}); give each --coordinator HOST:PORT, "
+            "--num-processes and its own --process-id, or start one process alone."
+        ) from error
+    # Libraries in C++ tell of their connections on stdout, which holds results alone.
+    results = os.dup(1)
+    os.dup2(2, 1)
+    if jax.process_index() > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results)
+        silence()
+    sys.stdout = os.fdopen(results, "w")
+
+
+def _whole(name: str, value: int | None) -> int | None:
+    text = os.environ.get(name)
+    if value is not None or not text:
+        return value
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text} must be a whole number.") from None
 
 
 def quiet_libraries() -> None:

@@ -18,6 +18,13 @@ from rich.progress import (
 _LOG_EVERY_S = 20.0
 
 Advance = Callable[..., None]
+_silent = False
+
+
+def silence() -> None:
+    """Shows no more progress in this process: another one shows the same."""
+    global _silent
+    _silent = True
 
 
 @contextmanager
@@ -27,7 +34,7 @@ def progress(label: str, total: int, *, start: int = 0, quiet: bool = False) -> 
     `start` units were done by an earlier run and do not count towards the speed. Everything goes
     to stderr, so that stdout holds results alone.
     """
-    if quiet:
+    if quiet or _silent:
         yield lambda *_, **__: None
         return
     console = Console(stderr=True)

@@ -15,6 +15,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.experiment import Experiment, TeacherRun, run
 from gemma_jax.files import write_json
 from gemma_jax.generation.sampling import Sampling
+from gemma_jax.hosts import is_first
 from gemma_jax.runs import read_result
 from gemma_jax.sweep import Sweep, run_sweep
 
@@ -62,7 +63,8 @@ def quickstart(sweep: Sweep) -> dict[str, Any]:
         "plot": str(sweep.folder / "results.png"),
         "samples": {name: samples(folder) for name, folder in folders.items()},
     }
-    write_json(sweep.folder / "summary.json", summary)
+    if is_first():
+        write_json(sweep.folder / "summary.json", summary)
     return summary
 
 

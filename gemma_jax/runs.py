@@ -26,6 +26,7 @@ from gemma_jax.data.token_set import MANIFEST_FILE
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.files import locked, read_json, write_json
+from gemma_jax.hosts import fetch
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import checked_fields, differences, override, to_json
@@ -38,6 +39,7 @@ from gemma_jax.training.metrics import read_metrics
 RUNS = Path("runs")
 EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
 TOKENIZER = "tokenizer.model"
+_PIECE_BYTES = 1 << 28  # of an array that processes put together for its hash
 LOCK = ".train.lock"  # another name than that of token sets, which may lie in the same folder
 
 # What may differ between two starts of one run: it changes how the run is watched or laid out, not
@@ -151,7 +153,7 @@ def claim(folder: Path, experiment: Any) -> None:
 
 def _is_free(path: str) -> bool:
     """Whether a setting, the run's own or that of a teacher inside it, may differ."""
-    own = path.rpartition("teacher.")[2]
+    own = path.rpartition("teacher.")[2].removeprefix("objective.").removeprefix("shards.")
     return own.startswith(_FREE) and not own.startswith(_BOUND)
 
 
@@ -189,7 +191,7 @@ def load_model(
     """The model of a run folder, or of one of its checkpoints (`RUN/checkpoints/STEP`).
 
     Weights are the average where the run kept one. They go where `layout` says, or to the first
-    device. `compute_dtype` ("float32", "bfloat16") takes the place of the model's own.
+    device of this process. `compute_dtype` ("float32", "bfloat16") takes the place of the model's.
     """
     folder, step = run_and_step(folder)
     config = read_config(folder / MODEL)
@@ -198,7 +200,7 @@ def load_model(
     model = Transformer(config)
     shapes = model.shapes()
     if layout is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
     else:
         shardings = layout.shardings(model.axes(), shapes)
@@ -273,5 +275,17 @@ def params_hash(params: Any) -> str:
         (jax.tree_util.keystr(path), value) for path, value in jax.tree.leaves_with_path(params)
     ):
         digest.update(f"{path} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(jax.device_get(value), np.float32).data)
+        for part in _pieces(value):
+            digest.update(np.ascontiguousarray(part, np.float32).data)
     return digest.hexdigest()
+
+
+def _pieces(value: jax.Array) -> Iterator[np.ndarray]:
+    """An array on the host; where other processes hold parts of it, some rows at a time, so that
+    none needs it whole."""
+    if value.is_fully_addressable:
+        yield jax.device_get(value)
+        return
+    rows = max(1, _PIECE_BYTES // max(1, value.nbytes // value.shape[0]))
+    for start in range(0, value.shape[0], rows):
+        yield fetch(value[start : start + rows])

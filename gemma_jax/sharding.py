@@ -4,18 +4,20 @@ The mesh has three axes: `data` (copies of the parameters), `fsdp` (parameters, 
 optimizer state split, gathered when used; Rajbhandari et al. 2020) and `tensor` (matrices split
 and computed in parts; Shoeybi et al. 2019). Modules name the *logical* axes of their arrays
 ("vocab", "mlp", ...); a `ShardingRules` says which mesh axis each of them is split over. XLA
-inserts the collectives (GSPMD).
+inserts the collectives, where an op does not do so itself in a `shard_map`.
 """
 
+import bisect
 import contextlib
-import contextvars
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.errors import UserError
@@ -29,8 +31,10 @@ BATCH_AXES = ("data", "fsdp")
 class ShardingRules:
     """Logical axis -> mesh axis, or None for "not split".
 
-    `batch` is the leading dimension of every batch. A dimension that its mesh axis does not
-    divide (one kv head, say) stays whole.
+    `batch` is the leading dimension of every batch; an axis that splits it and a parameter too
+    splits that one for storage alone: it is gathered where it is used. `slots` are those of a KV
+    cache whose kv heads cannot be split. A dimension that its mesh axis does not divide (one kv
+    head, say) stays whole, and an axis splits one dimension of an array at most, the first.
     """
 
     batch: tuple[str, ...] = BATCH_AXES
@@ -41,13 +45,19 @@ class ShardingRules:
     kv_heads: str | None = None
     head_dim: str | None = None
     layers: str | None = None
+    slots: str | None = None
 
 
 PRESETS = {
     "dp": ShardingRules(),
     "fsdp": ShardingRules(embed="fsdp"),
     "fsdp_tp": ShardingRules(
-        embed="fsdp", vocab="tensor", mlp="tensor", heads="tensor", kv_heads="tensor"
+        embed="fsdp",
+        vocab="tensor",
+        mlp="tensor",
+        heads="tensor",
+        kv_heads="tensor",
+        slots="tensor",
     ),
 }
 
@@ -93,24 +103,56 @@ class Layout:
     def batch_size_multiple(self) -> int:
         return math.prod(self.mesh.shape[axis] for axis in self.rules.batch)
 
-    def batch_spec(self) -> PartitionSpec:
-        return PartitionSpec(self.rules.batch)
-
     def batch_sharding(self) -> NamedSharding:
         """Leading dimension split over the batch axes, the others whole."""
-        return NamedSharding(self.mesh, self.batch_spec())
+        return NamedSharding(self.mesh, PartitionSpec(self.rules.batch))
+
+    def own_rows(self, batch_size: int) -> list[int]:
+        """Which rows of a batch lie on this process's devices, in order; it needs no others.
+
+        Rows lie on several processes where one of them holds only a part of the other axes.
+        """
+        return list(_own_rows(self, batch_size))
+
+    def place(
+        self, rows: Mapping[str, np.ndarray], batch_size: int | None = None
+    ) -> dict[str, jax.Array]:
+        """Arrays of a global batch, from this process's `own_rows` of it.
+
+        Without `batch_size`, `rows` is the whole batch, the same in every process.
+        """
+
+        def array(x: np.ndarray) -> jax.Array:
+            size = len(x) if batch_size is None else batch_size
+            held = range(size) if batch_size is None else self.own_rows(size)
+            shape = (size, *x.shape[1:])
+            sharding = NamedSharding(self.mesh, self.spec(("batch",), (size,)))
+
+            def part(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(size)
+                at = bisect.bisect_left(held, start)
+                return x[at : at + stop - start]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return {name: array(x) for name, x in rows.items()}
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-        """The partition of one array with these logical axes; what does not divide stays whole."""
-        chosen: list[str | None] = []
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+        """The partition of an array with these logical axes; what does not divide stays whole."""
+        taken: set[str] = set()
+        chosen: list[str | tuple[str, ...] | None] = []
         for name, size in zip(axes, shape, strict=True):
-            axis = getattr(self.rules, name) if name else None
-            if axis in chosen or (axis and size % self.mesh.shape[axis]):
-                axis = None
-            chosen.append(axis)
+            rule = getattr(self.rules, name) if name else None
+            kept: tuple[str, ...] = ()
+            for axis in (rule,) if isinstance(rule, str) else rule or ():
+                parts = math.prod(self.mesh.shape[one] for one in (*kept, axis))
+                if axis not in taken and self.mesh.shape[axis] > 1 and size % parts == 0:
+                    kept = (*kept, axis)
+            taken.update(kept)
+            chosen.append(kept if len(kept) > 1 else kept[0] if kept else None)
         return PartitionSpec(*chosen)
 
     def shardings(self, axes: Any, shapes: Any) -> Any:
@@ -123,15 +165,20 @@ class Layout:
 
     @contextlib.contextmanager
     def active(self) -> Iterator["Layout"]:
-        token = _LAYOUT.set(self)
-        try:
-            with jax.set_mesh(self.mesh):
-                yield self
-        finally:
-            _LAYOUT.reset(token)
+        with _LAYOUT(self), jax.set_mesh(self.mesh):
+            yield self
 
 
-_LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+# JAX compiles a function anew where this one has another value.
+_LAYOUT: Any = jax.make_user_context(None)
+
+
+@functools.lru_cache(maxsize=64)
+def _own_rows(layout: Layout, batch_size: int) -> tuple[int, ...]:
+    sharding = NamedSharding(layout.mesh, layout.spec(("batch",), (batch_size,)))
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    held = {row for part in parts if part for row in range(*part[0].indices(batch_size))}
+    return tuple(sorted(held))
 
 
 def make_layout(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
@@ -139,21 +186,77 @@ def make_layout(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
-    if devices and devices[0].platform == "cpu":
-        mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
-    else:  # on real hardware the order of devices follows the links between them
-        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    mesh = Mesh(arrange(devices, shape), MESH_AXES, axis_types=types)
     return Layout(mesh, PRESETS[config.rules])
 
 
+def chosen_layout(config: MeshConfig | None) -> Layout | None:
+    """The layout that was asked for; None, "the first device", where none was and there is but one
+    process. Several have to share what they compute."""
+    if config is None and jax.process_count() == 1:
+        return None
+    return make_layout(config or MeshConfig())
+
+
+def active(layout: Layout | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a layout active, if there is one."""
+    return contextlib.nullcontext() if layout is None else layout.active()
+
+
+def arrange(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """The devices as a grid [data, fsdp, tensor] whose busiest axes follow the fastest links.
+
+    Of several TPU slices, which a slower network joins, each holds whole rows of the data axis:
+    nothing but gradients crosses it. Elsewhere the devices of a process are neighbours.
+    """
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise UserError(
+            f"mesh data={data} does not divide over the {slices} slices of TPUs, and no other axis "
+            f"may leave a slice; set mesh.data to a multiple of {slices}."
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor),
+        (slices, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
 def current_layout() -> Layout | None:
-    """The layout made active around this call, if any."""
-    return _LAYOUT.get()
+    """The layout made active around this call, if any; None too where it is of one device."""
+    layout = _LAYOUT.value
+    return None if layout is None or layout.mesh.size == 1 else layout
+
+
+def pin(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by its logical axes; those left out are whole. Without a layout a no-op."""
+    layout = current_layout()
+    if layout is None:
+        return x
+    spec = layout.spec((*axes, *[None] * (x.ndim - len(axes))), x.shape)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """Pins an activation: batch (leading) dimension split, the others whole. Alone: a no-op."""
+    """Pins an activation: batch (leading) dimension split, the others whole."""
+    return pin(x, "batch")
+
+
+def gather_parameter(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Pins a parameter to how it is used: whole along the mesh axes that split the batch.
+
+    Said here so that parameters are gathered, and never the tokens that meet them.
+    """
     layout = current_layout()
-    if layout is None or layout.mesh.size == 1:
+    if layout is None:
         return x
-    return jax.lax.with_sharding_constraint(x, layout.batch_sharding())
+    stored = layout.spec(axes, x.shape)
+    used = [None if axis in layout.rules.batch else axis for axis in stored]
+    sharding = NamedSharding(layout.mesh, PartitionSpec(*used))
+    return jax.lax.with_sharding_constraint(x, sharding)

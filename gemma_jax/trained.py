@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gemma_jax import runs
 from gemma_jax.data.mixture import check_same_tokenizer
 from gemma_jax.data.packing import packed_sequences
@@ -23,9 +21,10 @@ from gemma_jax.eval import sets
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.eval.tasks import limited, run_task
 from gemma_jax.files import read_json, write_json
+from gemma_jax.hosts import is_first
 from gemma_jax.progress import progress
 from gemma_jax.settings import to_json
-from gemma_jax.sharding import Layout, MeshConfig, make_layout
+from gemma_jax.sharding import Layout, MeshConfig, active, chosen_layout, make_layout
 
 LESSON = "teacher.json"  # beside the shards of an experiment: the settings of their teacher
 
@@ -38,16 +37,18 @@ def evaluate(
     text_field: str = "text",
     seq_len: int | None = None,
     batch_size: int = 8,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, float]:
     """Bits per byte, loss, perplexity and accuracy of a run on text (`eval.perplexity`).
 
     The text is the validation split of the token set `data`, or all of `sources` (files, globs,
-    ...: see `data.corpora`). `seq_len` defaults to that of the run's training.
+    ...: see `data.corpora`). `seq_len` defaults to that of the run's training. `mesh` splits model
+    and text over devices; by default each of them has the model and a share of the text.
     """
     if (data is None) == (not sources):
         raise UserError("give either a token set (--data) or text (--source), and not both.")
     _at_least_one("batch_size", batch_size)
-    layout = make_layout(MeshConfig())
+    layout = make_layout(mesh or MeshConfig())
     loaded = runs.load_model(folder, layout=layout)
     length = runs.trained_seq_len(folder) if seq_len is None else seq_len
     context = loaded.model.config.max_seq_len
@@ -88,8 +89,9 @@ def evaluate_tasks(
     batch_tokens: int = 8192,
     compute_dtype: str | None = None,
     output: str | Path | None = None,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
-    """Scores of a run, one of its checkpoints or an imported model on tasks, on the first device.
+    """Scores of a run, one of its checkpoints or an imported model on tasks.
 
     Args:
       tasks: names of standard sets (`eval.sets`) or files of JSON lines (`eval.examples`).
@@ -97,6 +99,7 @@ def evaluate_tasks(
       batch_tokens: tokens at once; more is faster, until the memory is full.
       compute_dtype: "float32" or "bfloat16" instead of the model's own.
       output: a JSON file for the result, written anew after each task.
+      mesh: splits model and batches over devices; the first device alone by default.
 
     Returns {"checkpoint", "compute_dtype", "limit", "tasks": {name: see `eval.tasks.run_task`}}.
     """
@@ -106,8 +109,10 @@ def evaluate_tasks(
     _at_least_one("batch_tokens", batch_tokens)
     runs.run_and_step(folder)  # refuses what is no run before any set is read
     chosen = [sets.read(name) for name in tasks]
-    loaded = runs.load_model(folder, compute_dtype=compute_dtype)
+    layout = chosen_layout(mesh)
+    loaded = runs.load_model(folder, layout=layout, compute_dtype=compute_dtype)
     model = loaded.model
+    output = output if is_first() else None
     result: dict[str, Any] = {
         "checkpoint": str(folder),
         "compute_dtype": model.config.compute_dtype,
@@ -119,7 +124,7 @@ def evaluate_tasks(
             write_json(output, result)
         began = time.monotonic()
         task = replace(task, examples=tuple(limited(task, limit)))
-        with progress(task.name, len(task.examples)) as advance:
+        with active(layout), progress(task.name, len(task.examples)) as advance:
             scores = run_task(
                 model,
                 loaded.params,
@@ -158,8 +163,7 @@ def write_shards(
 
     Returns the manifest of the shards. All of the split is read when `num_sequences` is None.
     """
-    check_one_process(job)
-    layout = make_layout(MeshConfig())
+    layout = make_layout(job.mesh)
     loaded = runs.load_model(folder, layout=layout)
     check_same_tokenizer(tokens, loaded.tokenizer, f"the teacher {folder}")
     context = loaded.model.config.max_seq_len
@@ -167,31 +171,17 @@ def write_shards(
         raise UserError(
             f"seq_len={seq_len} must lie between 2 and the teacher's context, {context}."
         )
-    if job.batch_size % layout.batch_size_multiple:
-        raise UserError(
-            f"batch_size={job.batch_size} of the teacher does not divide by the "
-            f"{layout.batch_size_multiple} devices; choose a multiple."
-        )
     count = count_sequences(tokens, seq_len, num_sequences)
     sequences = packed_sequences(tokens, "train", seq_len, job.seed)
-    with layout.active():
-        return write_teacher_shards(
-            _teacher(job, loaded, layout),
-            sequences,
-            num_sequences=count,
-            seq_len=seq_len,
-            vocab_size=loaded.tokenizer.vocab_size,
-            teacher_hash=runs.params_hash(loaded.params),
-            tokenizer_hash=loaded.tokenizer.hash,
-        )
-
-
-def check_one_process(job: TeacherJob) -> None:
-    if jax.process_count() > 1:
-        raise UserError(
-            f"the shards at {job.path} are not finished, and {jax.process_count()} processes "
-            "cannot write them; start one process alone first."
-        )
+    return write_teacher_shards(
+        _teacher(job, loaded, layout),
+        sequences,
+        num_sequences=count,
+        seq_len=seq_len,
+        vocab_size=loaded.tokenizer.vocab_size,
+        teacher_hash=runs.params_hash(loaded.params),
+        tokenizer_hash=loaded.tokenizer.hash,
+    )
 
 
 def count_sequences(tokens: TokenSet, seq_len: int, wanted: int | None) -> int:
@@ -236,20 +226,23 @@ def find_shards(
 
 def note_lesson(job: TeacherJob, lesson: Any) -> None:
     """Leaves with the shards who teaches, before they are begun."""
-    if not (Path(job.path) / JOB).exists():
+    if is_first() and not (Path(job.path) / JOB).exists():
         write_json(Path(job.path) / LESSON, {"teacher": to_json(lesson)})
 
 
 def verify_shards(
-    path: str | Path, folder: str | Path | None = None, sample: int = 32
+    path: str | Path,
+    folder: str | Path | None = None,
+    sample: int = 32,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Reads all shards again and checks them; with the teacher's run folder, draws a sample of
-    records anew and compares (`distill.verify`)."""
+    records anew, on `mesh`, and compares (`distill.verify`)."""
     _at_least_one("sample", sample)
     if folder is None:
         return verify_teacher_shards(path)
     manifest = TeacherShards.open(path).manifest
-    layout = make_layout(MeshConfig())
+    layout = make_layout(mesh or MeshConfig())
     loaded = runs.load_model(folder, layout=layout)
     if runs.params_hash(loaded.params) != manifest["teacher_hash"]:
         raise UserError(
@@ -257,15 +250,18 @@ def verify_shards(
             "that wrote the shards."
         )
     job = TeacherJob(
-        path=str(path), draws=manifest["draws"], method=manifest["method"], seed=manifest["seed"]
+        path=str(path),
+        draws=manifest["draws"],
+        method=manifest["method"],
+        seed=manifest["seed"],
+        batch_size=_multiple(8, layout),
     )
-    with layout.active():
-        teacher = _teacher(job, loaded, layout)
-        # A teacher in half precision rounds its probabilities in another way on another device or
-        # at another batch size, which moves draws among its rare ids.
-        exact = loaded.model.config.compute_dtype == "float32"
-        tolerated = 0.01 if exact else 0.5
-        return verify_teacher_shards(path, recompute=teacher, sample=sample, tolerated=tolerated)
+    teacher = _teacher(job, loaded, layout)
+    # A teacher in half precision rounds its probabilities in another way on another device or at
+    # another batch size, which moves draws among its rare ids.
+    exact = loaded.model.config.compute_dtype == "float32"
+    tolerated = 0.01 if exact else 0.5
+    return verify_teacher_shards(path, recompute=teacher, sample=sample, tolerated=tolerated)
 
 
 def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teacher:
@@ -275,7 +271,7 @@ def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teach
         hidden_fn=loaded.model.hidden,
         embedding_fn=loaded.model.output_embedding,
         softcap=loaded.model.config.final_softcap,
-        batch_sharding=layout.batch_sharding(),
+        layout=layout,
     )
 
 

@@ -216,17 +216,6 @@ def test_a_lesson_that_cannot_be_is_refused_before_its_teacher_is_trained(
     assert not teacher.folder.exists()
 
 
-def test_several_processes_do_not_write_shards(base, result, monkeypatch):
-    prepare_shards(shards_of(base).shards)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert len(prepare_shards(shards_of(base).shards)) == 16  # nothing is left to write
-    teacher = dataclasses.replace(base, name="untrained")
-    unwritten = dataclasses.replace(shards_of(teacher).shards, path="unwritten")
-    with pytest.raises(UserError, match="2 processes cannot write them"):
-        prepare_shards(unwritten)
-    assert not teacher.folder.exists()
-
-
 def test_bits_per_byte_by_hand(base, result):
     loaded = runs.load_model(base.folder)
     tokens = open_tokens(base.data)

@@ -74,7 +74,7 @@ class _Batches:
     """Batches by number, this host's rows of them: what Grain reads from."""
 
     def __init__(
-        self, streams: dict[str, PackedStream], turns: Turns, rows: range, size: int, count: int
+        self, streams: dict[str, PackedStream], turns: Turns, rows: list[int], size: int, count: int
     ):
         self._streams, self._turns = streams, turns
         self._rows, self._size, self._count = rows, size, count
@@ -105,14 +105,13 @@ def train_stream(
     batch_size: int,
     num_batches: int,
     seed: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.IterDataset:
-    """The training batches of this host, `num_batches` of them.
+    """The training batches, `num_batches` of them, or this host's rows of each.
 
     Sequence r of batch i is the sequence iB + r of the run; the mixture says which source it comes
     from. Each source goes through its epochs at its own pace and goes on where it was when the
-    stage changes. Host h holds the rows hB/H to (h + 1)B/H.
+    stage changes.
 
     Args:
       sources: token sets by name, all of one tokenizer; their `train` splits are read.
@@ -121,17 +120,20 @@ def train_stream(
       batch_size: B, sequences of the global batch.
       num_batches: length of the run, to which `Stage.until` refers.
       seed: decides the order.
+      rows: which rows of each batch are read; all by default.
 
     Returns:
-      an IterDataset of dicts of [B / H, T] arrays, made ahead by two threads; its iterators'
-      `get_state` is the number of the next batch.
+      an IterDataset of dicts of [B, T] or [len(rows), T] arrays, made ahead by two threads; its
+      iterators' `get_state` is the number of the next batch.
 
     Raises:
       UserError: for stages, sizes or sources that do not fit together.
     """
     check_seq_len(seq_len)
     _check_stages(sources, stages)
-    rows = _own_rows(batch_size, num_batches, host_index, host_count)
+    own = checked_rows(batch_size, rows)
+    if num_batches < 1:
+        raise UserError(f"num_batches {num_batches} must be 1 or more.")
     used = [name for name in sources if any(name in stage.weights for stage in stages)]
     streams = {
         name: PackedStream(
@@ -142,7 +144,7 @@ def train_stream(
     batches = _Batches(
         streams,
         Turns(stages, used, num_batches * batch_size),
-        rows,
+        own,
         batch_size,
         num_batches,
     )
@@ -151,19 +153,16 @@ def train_stream(
     )
 
 
-def _own_rows(batch_size: int, num_batches: int, host_index: int, host_count: int) -> range:
-    """The rows of each batch that a host reads."""
-    if batch_size < 1 or num_batches < 1:
+def checked_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
+    """The rows of each batch that a host reads: `rows`, or all of them."""
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size} must be 1 or more.")
+    own = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+    if not own or not all(0 <= row < batch_size for row in own):
         raise UserError(
-            f"batch_size {batch_size} and num_batches {num_batches} must both be 1 or more."
+            f"rows {own} are not within a batch of {batch_size} sequences; give numbers below that."
         )
-    if host_count < 1 or batch_size % host_count or not 0 <= host_index < host_count:
-        raise UserError(
-            f"batch_size {batch_size} (sequences) does not divide over {host_count} hosts for host "
-            f"{host_index}; make it a multiple of {host_count}."
-        )
-    own = batch_size // host_count
-    return range(host_index * own, (host_index + 1) * own)
+    return own
 
 
 def _own_seed(seed: int, name: str) -> int:

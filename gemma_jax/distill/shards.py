@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from gemma_jax.data.loader import checked_rows
 from gemma_jax.distill.records import Record, RecordError, decode_record
 from gemma_jax.errors import UserError
 from gemma_jax.files import read_json
@@ -243,20 +244,14 @@ def shard_stream(
     *,
     batch_size: int,
     seed: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.IterDataset:
     """Endless batches, shuffled anew each epoch; `batch_size` counts the rows of all hosts.
 
-    Batch k of the run holds the same rows whatever the number of hosts; host h reads rows
-    [h*B/H, (h+1)*B/H) of it and nothing else. The iterator's state is a few bytes and exact.
+    Batch k of the run holds the same rows whatever the number of hosts; a host reads `rows` of it
+    (all by default) and nothing else. The iterator's state is a few bytes and exact.
     """
-    if batch_size < 1 or batch_size % host_count:
-        raise UserError(
-            f"batch_size = {batch_size} does not divide over {host_count} hosts; choose a multiple."
-        )
-    rows = batch_size // host_count
-    mine = slice(host_index * rows, (host_index + 1) * rows)
+    mine = checked_rows(batch_size, rows)
 
     def load(indices: np.ndarray) -> dict[str, np.ndarray]:
         examples = shards.__getitems__(indices[mine].tolist())

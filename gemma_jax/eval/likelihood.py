@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.errors import UserError
-from gemma_jax.model.cache import begin_with, init_cache, take_rows
+from gemma_jax.model.cache import begin_with, init_cache, repeat_rows
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.ops.vocab_loss import vocab_loss
+from gemma_jax.sharding import pin
 
 _MIN_SHARED = 32  # tokens in common below which a second program is not worth it
 _MIN_BUCKET = 16
@@ -215,7 +216,7 @@ def _score(
     """(log-probabilities, greedy) [B * n]; `start` is a cache that all contexts go on from."""
     B, T = contexts.shape
     C = choices.shape[1]
-    owner = jnp.repeat(jnp.arange(B, dtype=jnp.int32), choices.shape[0] // B)
+    count = choices.shape[0] // B
     cache, offset = init_cache(model.config, B, length), jnp.int32(0)
     if start is not None:
         cache, offset = begin_with(cache, start[0]), start[1]
@@ -228,10 +229,10 @@ def _score(
     steps = jnp.arange(C, dtype=jnp.int32)[None]
     inside = steps < sizes[:, None]
     # The last token of a continuation is scored, never read.
-    places = (lengths + offset)[owner][:, None] + steps[:, :-1]
+    places = jnp.repeat(lengths + offset, count)[:, None] + steps[:, :-1]
     read = (steps[:, :-1] < sizes[:, None] - 1).astype(jnp.int32)
-    after, _ = model.extend(params, choices[:, :-1], places, read, take_rows(cache, owner))
-    states = jnp.concatenate([last[owner], after], axis=1)
+    after, _ = model.extend(params, choices[:, :-1], places, read, repeat_rows(cache, count))
+    states = jnp.concatenate([jnp.repeat(last, count, axis=0), after], axis=1)
     _, stats = vocab_loss(
         states,
         model.output_embedding(params),
@@ -241,4 +242,5 @@ def _score(
     )
     logit = stats.target_logits[..., 0]
     logprobs = jnp.where(inside, logit - stats.lse, 0).sum(axis=1)
-    return logprobs, ((logit >= stats.max_logit) | ~inside).all(axis=1)
+    greedy = ((logit >= stats.max_logit) | ~inside).all(axis=1)
+    return pin(logprobs), pin(greedy)  # every process looks at them

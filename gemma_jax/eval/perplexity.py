@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.model.transformer import Transformer
@@ -44,7 +43,7 @@ def make_evaluation(
     A sequence sees nothing before its start: a document cut into two sequences is scored in two.
     """
     batches = list(_batches(sequences, batch_size))
-    sizes = jnp.asarray(token_bytes, jnp.float32)
+    sizes = np.asarray(token_bytes, np.float32)
 
     @jax.jit
     def totals(params: Any, batch: dict[str, jax.Array], sizes: jax.Array) -> _Totals:
@@ -67,11 +66,10 @@ def make_evaluation(
     def evaluate(params: Any) -> dict[str, float]:
         with layout.active():
             parts = []
-            place = layout.batch_sharding()
             label = "evaluation"
             with progress(label, len(batches), quiet=not show_progress) as advance:
                 for batch in batches:
-                    parts.append(totals(params, jax.device_put(batch, place), sizes))
+                    parts.append(totals(params, layout.place(batch), sizes))
                     advance(1)
             # Sums of a batch are exact enough in float32, sums over batches want float64.
             sums = _Totals(*np.asarray(jax.device_get(parts), np.float64).sum(axis=0).tolist())

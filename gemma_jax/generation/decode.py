@@ -16,7 +16,9 @@ import numpy as np
 from gemma_jax.errors import UserError
 from gemma_jax.generation.sampling import Sampling, penalise, sample
 from gemma_jax.model.cache import Cache, init_cache
+from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer, unrolled
+from gemma_jax.sharding import Layout, active, current_layout, pin
 
 _MIN_BUCKET = 32
 _MIN_STEPS = 8
@@ -52,10 +54,16 @@ class State(NamedTuple):
 
 
 class Generator:
-    """A model ready to generate. Holds its weights in the order of the layers."""
+    """A model ready to generate. Holds its weights in the order of the layers.
 
-    def __init__(self, model: Transformer, params: Any) -> None:
+    With `layout` (the active one by default) the work is split over its devices, with `params` laid
+    out by it. What its rules split over the batch axes is gathered for every token: models too
+    large for a device are better split over `tensor`.
+    """
+
+    def __init__(self, model: Transformer, params: Any, layout: Layout | None = None) -> None:
         self.model, self.params = unrolled(model, params)
+        self._layout = layout or current_layout()
 
     def begin(
         self,
@@ -70,15 +78,11 @@ class Generator:
         config = self.model.config
         lengths = np.zeros(B, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        all_seeds = [*seeds, *[0] * (B - len(prompts))]
-        state = State(
-            init_cache(config, B, min(_bucket(capacity), config.max_seq_len)),
-            jnp.zeros((B, config.embed_dim), config.compute_dtype),
-            jnp.zeros(B, jnp.int32),
-            jnp.asarray(lengths == 0),
-            jnp.stack([jax.random.key(seed) for seed in all_seeds]),
-            _seen(B, config.vocab_size, sampling),
-        )
+        all_seeds = np.array([*seeds, *[0] * (B - len(prompts))], np.uint32)
+        slots = min(_bucket(capacity), config.max_seq_len)
+        penalised = sampling.repetition_penalty is not None
+        with active(self._layout):
+            state = _empty(config, slots, penalised, all_seeds, lengths == 0)
         return self.extend(state, prompts)
 
     def extend(self, state: State, prompts: Sequence[Sequence[int]]) -> State:
@@ -94,7 +98,8 @@ class Generator:
                 tokens[i, : len(part)], valid[i, : len(part)] = part, 1
             # Only a fresh cache holds nothing; then the tokens see each other alone.
             fresh = start == 0 and not np.asarray(state.length).any()
-            state = _feed(self.model, fresh, self.params, state, tokens, valid)
+            with active(self._layout):
+                state = _feed(self.model, fresh, self.params, state, tokens, valid)
         return state
 
     def choose(
@@ -117,9 +122,10 @@ class Generator:
         """
         size = max(_MIN_STEPS, 1 << (steps - 1).bit_length())
         ids = tuple(stop_ids)
-        state, tokens, logprobs, n = _draw(
-            self.model, size, sampling, ids, self.params, state, jnp.int32(steps)
-        )
+        with active(self._layout):
+            state, tokens, logprobs, n = _draw(
+                self.model, size, sampling, ids, self.params, state, np.int32(steps)
+            )
         return state, np.asarray(tokens)[:, : int(n)], np.asarray(logprobs)[:, : int(n)]
 
     def stream(
@@ -226,10 +232,17 @@ def _bucket(length: int) -> int:
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _seen(rows: int, vocab_size: int, sampling: Sampling) -> Any:
-    if sampling.repetition_penalty is None:
-        return None
-    return jnp.zeros((rows, vocab_size), bool)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(config: ModelConfig, slots: int, penalised: bool, seeds: Any, done: Any) -> State:
+    B = seeds.shape[0]
+    return State(
+        init_cache(config, B, slots),
+        jnp.zeros((B, config.embed_dim), config.compute_dtype),
+        pin(jnp.zeros(B, jnp.int32)),
+        pin(done),
+        jax.vmap(jax.random.key)(seeds),
+        jnp.zeros((B, config.vocab_size), bool) if penalised else None,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -248,7 +261,7 @@ def _feed(
     return state._replace(
         cache=cache,
         hidden=jnp.where((count > 0)[:, None], last, state.hidden),
-        length=state.length + count,
+        length=pin(state.length + count),
         seen=seen,
     )
 
@@ -329,4 +342,6 @@ def _draw(
     tokens = jnp.full((B, size), -1, jnp.int32)
     empty = jnp.zeros((B, size), jnp.float32)
     loop = jax.lax.while_loop(more, draw, _Loop(state, jnp.int32(0), tokens, empty))
-    return loop.state, loop.tokens, loop.logprobs, loop.step
+    # Every process looks at these.
+    state = loop.state._replace(length=pin(loop.state.length), done=pin(loop.state.done))
+    return state, pin(loop.tokens), pin(loop.logprobs), loop.step

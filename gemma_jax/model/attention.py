@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_jax.model.cache import EMPTY, LayerCache, write
+from gemma_jax.model.cache import EMPTY, LayerCache, cache_axes, write
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import RMSNorm, kernel, rope
 from gemma_jax.ops.attention import attention
 from gemma_jax.ops.masks import MaskSpec
+from gemma_jax.sharding import current_layout, pin, split_batch
 
 
 class Place(NamedTuple):
@@ -64,6 +65,7 @@ class Attention(nn.Module):
                 cache = write(cache, k, v, place.positions, _valid(place))
         else:
             k, v, spec, cache = _extend(cache, k, v, place, window)
+            q = _meets(q, k)
         out = attention(q, k, v, spec, softcap=c.attn_softcap, backend=c.attn_backend)
         return jnp.einsum("BTNH,NHD->BTD", out, w_o), cache
 
@@ -90,6 +92,8 @@ def _extend(
         values = jnp.concatenate([cache.v, v], axis=1)
         key_positions = jnp.concatenate([cache.positions, positions], axis=1)
         key_valid = jnp.concatenate([cache.positions != EMPTY, valid], axis=1)
+        # Split slots are put together once for the tokens of a whole chunk.
+        keys, values = (pin(x, "batch", None, "kv_heads") for x in (keys, values))
     spec = MaskSpec(
         window=window,
         q_positions=positions,
@@ -98,3 +102,13 @@ def _extend(
         k_segment_ids=key_valid.astype(jnp.int32),
     )
     return keys, values, spec, after
+
+
+def _meets(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
+    """A new token's query with all its heads on each device, where the cached keys' slots are
+    split instead of the heads."""
+    layout = current_layout()
+    if layout is None or q.shape[1] > 1:
+        return q
+    slots = layout.spec(cache_axes(layout, k.shape), k.shape)[1]
+    return q if slots is None else split_batch(q)

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.model.config import ModelConfig
+from gemma_jax.sharding import gather_parameter
 
 
 def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, fan_in: int) -> Array:
-    """A float32 matrix parameter, truncated normal with variance 1 / fan_in, in compute dtype."""
+    """A float32 matrix parameter, truncated normal with variance 1 / fan_in, in compute dtype.
+
+    `axes` are its logical axes: the rules lay it out by them, and gather what is split for storage.
+    """
     config: ModelConfig = module.config
     init = nn.initializers.truncated_normal(stddev=fan_in**-0.5)
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-    return value.astype(config.compute_dtype)
+    return gather_parameter(value.astype(config.compute_dtype), axes)
 
 
 class RMSNorm(nn.Module):
@@ -32,7 +36,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
         weight: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
-        return _rms_norm(x, weight, self.eps)
+        return _rms_norm(x, gather_parameter(weight, (self.axis,)), self.eps)
 
 
 # Norms, rotations and gates are cheap to compute and, in float32, dear to keep: with

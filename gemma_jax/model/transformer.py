@@ -19,7 +19,8 @@ from gemma_jax.model.attention import Attention, Place
 from gemma_jax.model.cache import Cache, LayerCache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import MLP, RMSNorm
-from gemma_jax.sharding import split_batch
+from gemma_jax.ops.table import lookup
+from gemma_jax.sharding import pin, split_batch
 
 type Params = Any
 
@@ -108,7 +109,7 @@ class Decoder(nn.Module):
         if not c.tied_embedding:
             Embedding(c, name="head")()
         # Google's weights were trained with sqrt(D) rounded to the compute dtype.
-        x = split_batch(table[tokens].astype(dtype) * jnp.asarray(c.embed_dim**0.5, dtype))
+        x = split_batch(lookup(table, tokens, dtype) * jnp.asarray(c.embed_dim**0.5, dtype))
 
         periods: Any = ()
         if c.num_periods:
@@ -188,9 +189,13 @@ class Transformer:
         return params["embedder" if self.config.tied_embedding else "head"]["embedding"]
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """float32 scores of every token, final softcap applied. For few positions: see ops."""
+        """float32 scores of every token, final softcap applied. For few positions: see ops.
+
+        Among devices each gets all scores of its rows.
+        """
         table = self.output_embedding(params).astype(hidden.dtype)
         z = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        z = pin(z, "batch")
         cap = self.config.final_softcap
         return z if cap is None else cap * jnp.tanh(z / cap)
 

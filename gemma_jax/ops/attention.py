@@ -4,18 +4,24 @@
 sliding-window layer: queries in blocks of at least one window see their own block of keys and the
 one before. To add a backend for a piece of hardware, write a function of the same signature, say
 in `_choose` when it applies, and let it refuse what it cannot do exactly.
+
+Among devices, XLA partitions `reference`. Every other backend is called in a `shard_map`, once a
+device with its own sequences and heads, so it may be anything that a single device can run.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from gemma_jax.ops.masks import MaskSpec, dense_mask, visible
+from gemma_jax.sharding import current_layout
 
 Backend = Literal["auto", "reference", "banded"]
 
@@ -41,13 +47,56 @@ def attention(
     """
     if backend == "auto":
         backend = _choose(q, k, spec)
-    run = {"reference": _reference, "banded": _banded}[backend]
-    return run(q, k, v, spec, softcap)
+    if backend == "reference":
+        return _reference(q, k, v, spec, softcap)
+    return _on_each_device({"banded": _banded}[backend], q, k, v, spec, softcap)
 
 
 def _choose(q: Array, k: Array, spec: MaskSpec) -> Backend:
     in_order = q.shape[1] == k.shape[1] and spec.q_positions is None and spec.k_positions is None
     return "banded" if in_order else "reference"
+
+
+def _on_each_device(
+    run: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: MaskSpec,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Calls a backend for each device's own sequences and query heads, with their kv heads."""
+    layout = current_layout()
+    if layout is None:
+        return run(q, k, v, spec, softcap)
+    queries = layout.spec(("batch", None, "heads", None), q.shape)
+    keys = layout.spec(("batch", None, "kv_heads", None), k.shape)
+    axis, group = queries[2], q.shape[2] // k.shape[2]
+    together = keys[2] == axis
+    if not together:  # the kv heads cannot be split as the query heads are
+        keys = PartitionSpec(keys[0])
+
+    masks, structure = jax.tree.flatten(spec)
+
+    def local(q: Array, k: Array, v: Array, masks: list[Array]) -> Array:
+        if not together and axis is not None:
+            k, v = (_heads_of(x, jax.lax.axis_index(axis), q.shape[2], group) for x in (k, v))
+        return run(q, k, v, jax.tree.unflatten(structure, masks), softcap)
+
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(queries, keys, keys, [layout.spec(("batch", None), x.shape) for x in masks]),
+        out_specs=queries,
+        check_vma=False,
+    )(q, k, v, masks)
+
+
+def _heads_of(x: Array, device: Array, count: int, group: int) -> Array:
+    """Of all kv heads [B, S, K, H] those of the query heads device * count and the next ones."""
+    if group % count == 0:  # they share one
+        return jax.lax.dynamic_slice_in_dim(x, device * count // group, 1, axis=2)
+    return jnp.take(x, (device * count + jnp.arange(count, dtype=jnp.int32)) // group, axis=2)
 
 
 def _reference(

@@ -11,18 +11,21 @@ by chunk, and the backward pass only scales it: three matmuls of the head instea
 rematerialised one. Hard cross-entropy is M = 1 with weight 1; a target sampled N times from a
 teacher has weights count / N (Sparse Logit Sampling, arXiv 2503.16870); z-loss is from PaLM
 (arXiv 2204.02311, section 5).
+
+Where the vocabulary is split over devices, each holds the logits of its own ids; maximum, sum of
+exponentials and target logits are joined (Shoeybi et al. 2019, section 3), and the rest is local.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.sharding import current_layout
+from gemma_jax.ops.table import own_ids, table_parts
 
 _CHUNK_LOGITS = 2**28  # 1 GiB of float32
 _CHUNK_TOKENS = 4096  # larger chunks no longer make the matmuls faster
@@ -43,7 +46,7 @@ class VocabStats(NamedTuple):
 class _Settings(NamedTuple):
     z_loss: float
     softcap: float | None
-    chunk_tokens: int
+    chunk_tokens: int | None
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
@@ -68,11 +71,10 @@ def vocab_loss(
     `chunk_tokens` x V (by default at most 1 GiB). `softcap` is Gemma 2's final softcap.
 
     With a layout active (`gemma_jax.sharding`), the leading dimension is split over the batch
-    axes, each device works on its own tokens, and only the loss and the gradient of the embedding
-    are summed over devices.
+    axes, each device works on its own tokens, and on its own part of the vocabulary where the rules
+    split that; chunks are of a device. The gradient of `embedding` lies where `embedding` does.
     """
-    chunk = chunk_tokens or default_chunk_tokens(embedding.shape[0])
-    settings = _Settings(float(z_loss), softcap, chunk)
+    settings = _Settings(float(z_loss), softcap, chunk_tokens)
     weights = jax.lax.stop_gradient(target_weights).astype(jnp.float32)
     return _vocab_loss(settings, hidden, embedding, target_ids, weights)
 
@@ -117,44 +119,60 @@ def _sharded(
 ) -> _Result:
     """Runs `_scan` on each device's own tokens. Left to itself, GSPMD would gather all tokens on
     every device, because the scan walks along the dimension that is split."""
-    run = functools.partial(_scan, settings, with_gradient)
-    layout = current_layout()
-    if layout is None or layout.batch_size_multiple == 1:
-        return run(hidden, embedding, ids, w)
-    axes = layout.rules.batch
+    parts = table_parts(embedding.shape, hidden.shape[0])
+    if parts is None:
+        table = embedding.astype(hidden.dtype)
+        return _scan(settings, with_gradient, None, hidden, table, ids, w)
 
     def local(hidden: Array, embedding: Array, ids: Array, w: Array) -> _Result:
-        loss, stats, gradients = run(hidden, embedding, ids, w)
-        loss = jax.lax.psum(loss, axes)
+        table = parts.gather(embedding.astype(hidden.dtype))
+        loss, stats, gradients = _scan(
+            settings, with_gradient, parts.vocab_axis, hidden, table, ids, w
+        )
+        if parts.row_axes:
+            loss = jax.lax.psum(loss, parts.row_axes)
         if gradients is not None:
-            gradients = (gradients[0], jax.lax.psum(gradients[1], axes))
+            d_hidden, d_table = gradients
+            if parts.vocab_axis is not None:
+                d_hidden = jax.lax.psum(d_hidden, parts.vocab_axis)
+            gradients = d_hidden, parts.scatter(d_table)
         return loss, stats, gradients
 
-    rows: Any = layout.batch_spec()
-    whole = PartitionSpec()
+    rows = parts.rows
     return jax.shard_map(
         local,
-        mesh=layout.mesh,
-        in_specs=(rows, whole, rows, rows),
-        out_specs=(whole, VocabStats(rows, rows, rows), (rows, whole) if with_gradient else None),
+        mesh=parts.mesh,
+        in_specs=(rows, parts.table, rows, rows),
+        out_specs=(
+            PartitionSpec(),
+            rows,  # of all statistics
+            (rows, parts.table) if with_gradient else None,
+        ),
         check_vma=False,
     )(hidden, embedding, ids, w)
 
 
 def _scan(
-    settings: _Settings, with_gradient: bool, hidden: Array, embedding: Array, ids: Array, w: Array
+    settings: _Settings,
+    with_gradient: bool,
+    axis: str | None,
+    hidden: Array,
+    table: Array,
+    ids: Array,
+    w: Array,
 ) -> _Result:
+    """Loss, statistics and gradients of this device's tokens; `table` holds its part of the
+    vocabulary, which is split over the mesh axis `axis`, or all of it."""
     shape, D, M = hidden.shape[:-1], hidden.shape[-1], ids.shape[-1]
     n = math.prod(shape)
-    chunk = min(settings.chunk_tokens, max(n, 1))
+    chunk = min(settings.chunk_tokens or default_chunk_tokens(table.shape[0]), max(n, 1))
     count = math.ceil(n / chunk)
 
     def chunks(x: Array) -> Array:
         x = jnp.pad(x.reshape(n, x.shape[-1]), ((0, count * chunk - n), (0, 0)))
         return x.reshape(count, chunk, x.shape[-1])
 
-    table = embedding.astype(hidden.dtype)
-    one = functools.partial(_chunk, settings, with_gradient, table)
+    one = functools.partial(_chunk, settings, with_gradient, axis, table)
 
     def step(carry: tuple[Array, Array | None], x: tuple[Array, Array, Array]) -> tuple:
         loss, stats, gradients = one(*x)
@@ -163,7 +181,7 @@ def _scan(
             return (total + loss, None), (stats, None)
         return (total + loss, d_table + gradients[1]), (stats, gradients[0])
 
-    zero_table = jnp.zeros(embedding.shape, jnp.float32) if with_gradient else None
+    zero_table = jnp.zeros(table.shape, jnp.float32) if with_gradient else None
     inputs = (chunks(hidden), chunks(ids), chunks(w))
     stats: VocabStats
     d_hidden: Array | None
@@ -181,30 +199,49 @@ def _scan(
 
 
 def _chunk(
-    settings: _Settings, with_gradient: bool, table: Array, hidden: Array, ids: Array, w: Array
+    settings: _Settings,
+    with_gradient: bool,
+    axis: str | None,
+    table: Array,
+    hidden: Array,
+    ids: Array,
+    w: Array,
 ) -> _Result:
     z = jnp.einsum("nD,VD->nV", hidden, table, preferred_element_type=jnp.float32)
     if settings.softcap is not None:
         z = settings.softcap * jnp.tanh(z / settings.softcap)
-    top = z.max(axis=-1)
-    lse = top + jnp.log(jnp.exp(z - top[:, None]).sum(axis=-1))
-    target_logits = jnp.take_along_axis(z, ids, axis=-1)
+    places, here = own_ids(ids, z.shape[1], axis)
+    stats = _statistics(z, places, here, axis)
+    lse = stats.lse
     total = w.sum(axis=-1)
-    loss = (total * lse * (1 + settings.z_loss * lse)).sum() - (w * target_logits).sum()
-    stats = VocabStats(lse, top, target_logits)
+    loss = (total * lse * (1 + settings.z_loss * lse)).sum() - (w * stats.target_logits).sum()
     if not with_gradient:
         return loss, stats, None
 
     factor = total * (1 + 2 * settings.z_loss * lse)
     dz = factor[:, None] * jnp.exp(z - lse[:, None])
     rows = jnp.arange(z.shape[0], dtype=ids.dtype)[:, None]
-    dz = dz.at[rows, ids].add(-w)
+    dz = dz.at[rows, places].add(-w, mode="drop")
     if settings.softcap is not None:
         dz = dz * (1 - jnp.square(z / settings.softcap))
     dz = dz.astype(hidden.dtype)
     d_hidden = jnp.einsum("nV,VD->nD", dz, table)
     d_table = jnp.einsum("nV,nD->VD", dz, hidden, preferred_element_type=jnp.float32)
     return loss, stats, (d_hidden, d_table)
+
+
+def _statistics(z: Array, places: Array, here: Array, axis: str | None) -> VocabStats:
+    """Of logits [n, V], or of this device's columns of them where `axis` splits V."""
+    top = z.max(axis=-1)
+    if axis is not None:
+        top = jax.lax.pmax(top, axis)
+    total = jnp.exp(z - top[:, None]).sum(axis=-1)
+    targets = jnp.take_along_axis(z, places, axis=-1, mode="clip")
+    if axis is not None:
+        targets = jnp.where(here, targets, 0)
+        joined = jax.lax.psum(jnp.concatenate([total[:, None], targets], axis=-1), axis)
+        total, targets = joined[:, 0], joined[:, 1:]
+    return VocabStats(top + jnp.log(total), top, targets)
 
 
 def dense_vocab_loss(

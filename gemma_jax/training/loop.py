@@ -62,6 +62,7 @@ class Job:
     objective: Objective
     optimizer: Optimizer
     batches: grain.IterDataset
+    batch_size: int  # sequences of the global batch
     num_steps: int
     tokens_per_step: int
     flops_per_token: int
@@ -117,6 +118,7 @@ def train(job: Job) -> Trained:
                 microbatches=job.config.microbatches,
                 ema_decay=job.config.ema_decay,
                 seed=job.seed,
+                shardings=shardings.params,
             ),
             donate_argnums=0,
             out_shardings=(shardings, None),
@@ -153,7 +155,7 @@ def _run(
     ):
         for done in range(start + 1, job.num_steps + 1):
             batch = clock.wait_for(batches)
-            state, metrics = step(state, _place(batch, job.layout))
+            state, metrics = step(state, job.layout.place(batch, job.batch_size))
             last = done == job.num_steps
             clock.step_done(metrics)
 
@@ -189,14 +191,6 @@ def _validated(job: Job, state: TrainState) -> dict[str, float | None]:
     """The held-out numbers of the weights, of their average where one is kept."""
     params = state.params if job.config.ema_decay is None else state.ema
     return {f"valid/{name}": value for name, value in job.evaluate(params).items()}
-
-
-def _place(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
-    """This host's rows as arrays of the global batch."""
-    sharding = layout.batch_sharding()
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
 
 
 class _Clock:

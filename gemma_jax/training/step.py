@@ -53,14 +53,21 @@ def make_step(
     microbatches: int = 1,
     ema_decay: float | None = None,
     seed: int = 0,
+    shardings: Any = None,
 ) -> Step:
     """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     The gradient is that of the mean loss over the batch's weight, however many microbatches it is
-    computed in. Random numbers depend on the seed and the step alone. Metrics are float32 scalars:
-    the objective's means, `grad_norm`, `param_norm` and `update_norm`.
+    computed in. Random numbers depend on the seed and the step alone. `shardings` of the parameters
+    are those of the gradients too, also while they are summed. Metrics are float32 scalars: the
+    objective's means, `grad_norm`, `param_norm` and `update_norm`.
     """
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+
+    def value_and_grad(*arguments: Any) -> tuple[tuple[jax.Array, Sums], Any]:
+        value, grads = jax.value_and_grad(objective, has_aux=True)(*arguments)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return value, grads
 
     def gradients(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
         if microbatches == 1:

@@ -56,7 +56,7 @@ def make_teacher(params):
     """make_teacher(path, **settings) -> Teacher; compiled once for equal settings."""
     compiled = {}
 
-    def make(path, sharding=None, **settings):
+    def make(path, layout=None, **settings):
         settings = {"draws": 20, "batch_size": 4, "records_per_shard": 6, **settings}
         job = TeacherJob(path=str(path), **settings)
         teacher = Teacher(
@@ -64,9 +64,9 @@ def make_teacher(params):
             params=params,
             hidden_fn=hidden_fn,
             embedding_fn=embedding_fn,
-            batch_sharding=sharding,
+            layout=layout,
         )
-        key = (job.draws, job.method, job.seed, job.batch_size, sharding)
+        key = (job.draws, job.method, job.seed, job.batch_size, layout)
         teacher._step = compiled.setdefault(key, teacher._step)
         return teacher
 

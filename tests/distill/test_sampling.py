@@ -1,12 +1,15 @@
 """Sampled targets: unbiased, exact in number, independent of the batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import collectives
 from scipy.special import log_softmax, softmax
 
-from gemma_jax.distill.sampling import METHODS, sample_targets, token_keys
+from gemma_jax.distill.sampling import METHODS, VocabSplit, sample_targets, token_keys
 
 V, N, TRIALS = 512, 50, 20_000
 _sample = jax.jit(sample_targets, static_argnames=("draws", "method"))
@@ -184,3 +187,33 @@ def test_keys_depend_on_record_and_place_alone():
     one = jax.random.key_data(token_keys(base, jnp.asarray([9]), 8))
     np.testing.assert_array_equal(many[1, :8], one[0])
     assert len(np.unique(np.asarray(many).reshape(-1, 2), axis=0)) == 48
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("size", "devices"), [(8192, 8), (8192, 2), (262_144, 8), (640, 4), (300, 4), (129, 8)]
+)
+def test_a_split_vocabulary_gives_the_same_draws(size, devices, method):
+    """Masses alone cross devices: draws equal, also where V does not divide and is padded."""
+    logits = np.where(np.isneginf(_cases(size)).all(1, keepdims=True), 0, _cases(size))
+    labels = jnp.arange(len(logits), dtype=jnp.int32) * (size // 9)
+    keys = _keys(len(logits))
+    whole = _sample(jnp.asarray(logits), labels, keys, draws=64, method=method)
+
+    split = VocabSplit("vocab", devices, size)
+    padded = np.pad(logits, ((0, 0), (0, split.padded_size - size)), constant_values=-np.inf)
+    mesh = jax.make_mesh((devices,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))
+    part, same = jax.sharding.PartitionSpec(None, "vocab"), jax.sharding.PartitionSpec()
+    run = functools.partial(sample_targets, draws=64, method=method, split=split)
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(part, same, same), out_specs=same, check_vma=False
+    )
+    compiled = jax.jit(run).lower(jnp.asarray(padded), labels, keys).compile()
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(jnp.asarray(padded), labels, keys)
+    np.testing.assert_array_equal(got.ids, whole.ids)
+    np.testing.assert_array_equal(got.counts, whole.counts)
+    np.testing.assert_allclose(got.label_logprob, whole.label_logprob, rtol=1e-6)
+    np.testing.assert_allclose(got.entropy, whole.entropy, rtol=2e-5, atol=2e-5)
+    gathered = [c.shape for c in collectives(compiled.as_text()) if c.kind == "all-gather"]
+    assert gathered == [(len(logits), split.padded_size // 32**split.height)]

@@ -9,16 +9,16 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from gemma_jax.distill import teacher as teacher_module
+from gemma_jax.distill import head
 from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.distill.verify import verify_teacher_shards
 from gemma_jax.errors import UserError
 from gemma_jax.files import locked
+from gemma_jax.sharding import MeshConfig, make_layout
 
 
 def _files(folder):
@@ -73,12 +73,12 @@ def test_chunks_batches_and_devices_do_not_change_the_draws(
     """Of the head only: the hidden states of this teacher do not depend on the batch."""
     sequences = make_sequences(16)
     expected = [TeacherShards.open(shard_folder).record(i) for i in range(16)]
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    monkeypatch.setattr(teacher_module, "_MAX_LOGITS", 300 * 5 * 7)
+    monkeypatch.setattr(head, "_MAX_LOGITS", 300 * 5 * 7)
     others = {
         "chunks": make_teacher(tmp_path / "chunks", batch_size=5, records_per_shard=16),
-        "devices": make_teacher(tmp_path / "devices", sharding=sharding, batch_size=8),
+        "devices": make_teacher(tmp_path / "devices", make_layout(MeshConfig()), batch_size=8),
+        "both": make_teacher(tmp_path / "both", make_layout(MeshConfig(fsdp=2, tensor=4))),
+        "vocabulary": make_teacher(tmp_path / "vocabulary", make_layout(MeshConfig(tensor=8))),
     }
     for name, teacher in others.items():
         write(teacher, sequences)
@@ -201,10 +201,8 @@ def test_bad_input_is_one_sentence(
     foreign[9]["labels"][4] = 300
     with pytest.raises(UserError, match="sequence 9 holds id 300"):
         write(make_teacher(tmp_path / "foreign"), foreign)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     with pytest.raises(UserError, match="does not divide over the 8 devices"):
-        make_teacher(tmp_path / "mesh", sharding=sharding, batch_size=12)
+        make_teacher(tmp_path / "mesh", make_layout(MeshConfig()), batch_size=12)
     copy = shutil.copytree(shard_folder, tmp_path / "copy")
     (copy / "manifest.json").unlink()
     with pytest.raises(UserError, match="another sequence"):

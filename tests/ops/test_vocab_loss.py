@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import collectives, shapes
 
 from gemma_jax.ops.vocab_loss import dense_vocab_loss, vocab_loss
 from gemma_jax.sharding import MeshConfig, make_layout
@@ -105,8 +106,22 @@ def test_gradient_scales_with_the_cotangent():
     np.testing.assert_allclose(three, 3 * one, rtol=1e-6)
 
 
-def test_sharded_batch_equals_one_device_and_gathers_no_tokens():
-    """The program for 8 devices: no all-gather at all of a hidden state, no [tokens, V]."""
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 4, "fsdp": 2, "rules": "dp"},
+        {"data": 4, "fsdp": 2, "rules": "fsdp"},
+        {"data": 2, "tensor": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1, "fsdp": 4, "tensor": 2},
+        {"data": 1, "tensor": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2, "rules": "fsdp"},
+    ],
+    ids=lambda mesh: ",".join(map(str, mesh.values())),
+)
+def test_a_mesh_equals_one_device_and_gathers_parameters_alone(mesh, softcap):
+    """Tokens split, the vocabulary split, both; a table whose width is split is gathered."""
     rng = np.random.default_rng(0)
     B, T = 8, 6
     hidden = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
@@ -116,18 +131,46 @@ def test_sharded_batch_equals_one_device_and_gathers_no_tokens():
 
     def run(hidden, embedding, ids, weights):
         return jax.value_and_grad(
-            lambda h, e: vocab_loss(h, e, ids, weights, chunk_tokens=4)[0], (0, 1)
+            lambda h, e: vocab_loss(
+                h, e, ids, weights, z_loss=0.1, softcap=softcap, chunk_tokens=4
+            ),
+            (0, 1),
+            has_aux=True,
         )(hidden, embedding)
 
     expected = jax.jit(run)(hidden, embedding, ids, weights)
-    layout = make_layout(MeshConfig(data=4, fsdp=2))
+    layout = make_layout(MeshConfig(**mesh))
+    rows = layout.batch_sharding()
+    table = jax.sharding.NamedSharding(layout.mesh, layout.spec(("vocab", "embed"), (V, D)))
     with layout.active():
-        rows = [jax.device_put(x, layout.batch_sharding()) for x in (hidden, ids, weights)]
-        compiled = jax.jit(run).lower(rows[0], embedding, rows[1], rows[2]).compile()
-        got = compiled(rows[0], jax.device_put(embedding, layout.replicated()), *rows[1:])
+        arguments = jax.device_put((hidden, embedding, ids, weights), (rows, table, rows, rows))
+        compiled = jax.jit(run).lower(*arguments).compile()
+        got = compiled(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    assert got[1][1].sharding.is_equivalent_to(table, 2)
+
     program = compiled.as_text()
-    assert "all-gather" not in program
-    assert "all-reduce" in program
-    assert f"[{B * T},{V}]" not in program
-    assert f"[{T},{V}]" not in program  # a device's own tokens, all at once
+    found = collectives(program)
+    split = layout.rules.vocab and layout.mesh.shape["tensor"] > 1
+    used = (V // layout.mesh.shape["tensor"] if split else V, D)
+    stored = layout.rules.embed and layout.mesh.shape["fsdp"] > 1
+    assert {c.shape for c in found if c.kind == "all-gather"} == ({used} if stored else set())
+    assert any(c.kind == "reduce-scatter" for c in found) == bool(stored)
+    assert not [c for c in found if c.kind in ("all-to-all", "collective-permute")]
+    own = B // layout.batch_size_multiple * T  # a device's tokens: logits of all at once are none
+    assert not {(own, V), (own, used[0]), (B * T, V), (B * T, used[0])} & shapes(program)
+
+
+def test_a_batch_and_a_vocabulary_that_do_not_divide_stay_whole():
+    hidden, embedding, ids, weights = inputs()
+    arguments = (
+        jnp.float32(hidden[:3]),
+        jnp.float32(embedding[:39]),
+        jnp.asarray(ids[:3] % 39),
+        jnp.float32(weights[:3]),
+    )
+    run = jax.jit(jax.value_and_grad(lambda *x: vocab_loss(*x)[0], (0, 1)))
+    expected = run(*arguments)
+    with make_layout(MeshConfig(data=2, fsdp=2, tensor=2)).active():
+        got = run(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)

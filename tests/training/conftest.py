@@ -91,6 +91,7 @@ def make_job(model, one_device, tmp_path):
             batches=grain.MapDataset.source(Batches(steps)).to_iter_dataset(
                 grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
             ),
+            batch_size=ROWS,
             num_steps=steps,
             tokens_per_step=ROWS * SEQ_LEN,
             flops_per_token=1,

@@ -1,11 +1,14 @@
 """One step: microbatches, averages, meshes; and a curve that must not move."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.sharding import MeshConfig, make_layout
+from gemma_jax.distill.objective import Distill
+from gemma_jax.sharding import MESH_AXES, MeshConfig, make_layout
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Muon
 from gemma_jax.training.step import init_state, make_step, state_shardings
@@ -27,30 +30,59 @@ GOLDEN = {
 OPTIMIZERS = {"adamw": AdamW(learning_rate=1e-2), "muon": Muon(learning_rate=1e-2)}
 
 
+OBJECTIVES = {"xent": Xent(), "distill": Distill(shards="unused", hard_weight=0.3, z_loss=1e-3)}
+
+
+def taught(batch, vocab):
+    """A batch with targets of a teacher: three ids a token, one of them twice."""
+    rng = np.random.default_rng(5)
+    shape = batch["tokens"].shape
+    ids = rng.integers(0, vocab, (*shape, 3)).astype(np.int32)
+    weights = rng.dirichlet([1, 1, 1], shape).astype(np.float32)
+    return batch | {
+        "target_ids": jnp.asarray(np.concatenate([ids, ids[..., :1]], axis=-1)),
+        "target_weights": jnp.asarray(np.concatenate([weights, 0 * weights[..., :1]], axis=-1)),
+        "teacher_label_logprob": jnp.full(shape, -2.0),
+        "teacher_entropy": jnp.full(shape, 1.0),
+    }
+
+
+def make_state(model, params, settings, layout):
+    """(state, its shardings, optimizer) on a mesh."""
+    optimizer = settings.build(model.axes(), STEPS)
+    fresh = lambda: init_state(params, optimizer, ema=True)  # noqa: E731
+    shardings = state_shardings(layout, model.axes(), jax.eval_shape(fresh))
+    return jax.device_put(fresh(), shardings), shardings, optimizer
+
+
 @pytest.fixture(scope="module")
 def curve(model, params, make_batch, one_device):
-    """curve(optimizer, layout=None) -> (losses, last state), each combination once."""
+    """curve(optimizer, layout=None, ...) -> (losses, last state), each combination once."""
     kept = {}
 
-    def run(name, layout=one_device):
-        key = (name, layout.mesh.size, layout.rules)
+    def run(name, layout=one_device, objective="xent", microbatches=1, rows=8):
+        key = (name, layout, objective, microbatches, rows)
         if key not in kept:
-            kept[key] = train_steps(OPTIMIZERS[name], layout)
+            kept[key] = train_steps(OPTIMIZERS[name], layout, objective, microbatches, rows)
         return kept[key]
 
-    def train_steps(settings, layout):
-        optimizer = settings.build(model.axes(), STEPS)
-        fresh = lambda: init_state(params, optimizer, ema=True)  # noqa: E731
-        shardings = state_shardings(layout, model.axes(), jax.eval_shape(fresh))
+    def train_steps(settings, layout, objective, microbatches, rows):
+        state, shardings, optimizer = make_state(model, params, settings, layout)
         with layout.active():
-            state = jax.device_put(fresh(), shardings)
-            step = jax.jit(
-                make_step(Xent().build(model), optimizer, ema_decay=0.9),
-                out_shardings=(shardings, None),
+            step = make_step(
+                OBJECTIVES[objective].build(model),
+                optimizer,
+                microbatches=microbatches,
+                ema_decay=0.9,
+                shardings=shardings.params,
             )
+            step = jax.jit(step, out_shardings=(shardings, None))
             losses = []
             for number in range(STEPS):
-                batch = jax.device_put(make_batch(number), layout.batch_sharding())
+                batch = make_batch(number, rows=rows)
+                if objective == "distill":
+                    batch = taught(batch, model.config.vocab_size)
+                batch = jax.device_put(batch, layout.batch_sharding())
                 state, metrics = step(state, batch)
                 losses.append(float(metrics["loss"]))
         return losses, state
@@ -65,13 +97,25 @@ def test_loss_curve_is_the_golden_one(curve, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "rules"),
-    [("adamw", "dp"), ("adamw", "fsdp"), ("adamw", "fsdp_tp"), ("muon", "fsdp_tp")],
+    ("name", "rules", "mesh", "settings"),
+    [
+        ("adamw", "dp", (8, 1, 1), {}),
+        ("adamw", "dp", (2, 2, 2), {"objective": "distill"}),
+        ("adamw", "fsdp", (1, 8, 1), {}),
+        ("adamw", "fsdp", (2, 2, 2), {"objective": "distill", "microbatches": 2}),
+        ("adamw", "fsdp_tp", (2, 2, 2), {"microbatches": 2}),
+        ("adamw", "fsdp_tp", (1, 4, 2), {"objective": "distill"}),
+        ("adamw", "fsdp_tp", (1, 2, 4), {"objective": "distill"}),
+        ("adamw", "fsdp_tp", (1, 1, 8), {}),
+        ("adamw", "fsdp_tp", (1, 3, 2), {"rows": 12}),
+        ("muon", "fsdp_tp", (2, 2, 2), {}),
+    ],
 )
-def test_a_mesh_of_eight_devices_equals_one_device(curve, name, rules):
-    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2, rules=rules))
-    losses, state = curve(name, layout)
-    one_losses, one_state = curve(name)
+def test_a_mesh_equals_one_device(curve, name, rules, mesh, settings):
+    sizes = dict(zip(MESH_AXES, mesh, strict=True))
+    layout = make_layout(MeshConfig(**sizes, rules=rules), jax.devices()[: math.prod(mesh)])
+    losses, state = curve(name, layout, **settings)
+    one_losses, one_state = curve(name, **settings)
     np.testing.assert_allclose(losses, one_losses, atol=1e-5 if name == "adamw" else 1e-4)
     for ours, theirs in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(one_state.params), strict=True

@@ -1,0 +1,39 @@
+"""The command line as one of several processes, which notes what it reads.
+
+    one_of_several.py NOTES ARGUMENTS ... [then ARGUMENTS ...]
+
+NOTES gets {"packed": [...], "shards": [...]}, the numbers of the sequences and records that this
+process has read for training.
+"""
+
+import atexit
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from gemma_jax.cli import main
+from gemma_jax.data.packing import PackedStream
+from gemma_jax.distill.shards import TeacherShards
+
+notes, arguments = Path(sys.argv[1]), sys.argv[2:]
+read: dict[str, list[int]] = {"packed": [], "shards": []}
+read_packed, read_records = PackedStream.read, TeacherShards.__getitems__
+
+
+def packed(self, numbers, limit=None):
+    if limit is None:  # not a pass over held-out text
+        read["packed"] += map(int, numbers)
+    return read_packed(self, numbers, limit)
+
+
+def records(self, indices):
+    read["shards"] += map(int, indices)
+    return read_records(self, indices)
+
+
+PackedStream.read, TeacherShards.__getitems__ = packed, records
+atexit.register(lambda: notes.write_text(json.dumps(read)))
+for is_word, command in itertools.groupby(arguments, key=lambda word: word == "then"):
+    if not is_word:
+        main(list(command))

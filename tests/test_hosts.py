@@ -1,0 +1,172 @@
+"""Several processes as one: the same curve, each with its own share of the data."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import command, ended, environment, write_inputs
+from example_files import CHOICES
+
+from gemma_jax.distill.shards import TeacherShards
+
+SCRIPT = Path(__file__).with_name("one_of_several.py")
+DEVICES = 8
+ROWS, STEPS = 8, 4
+
+STUDENT = """
+import dataclasses
+from exp import BASE
+from gemma_jax.data.tokenizer import TokenizerConfig
+from gemma_jax.data.tokens import Corpus
+from gemma_jax.distill.objective import Distill
+from gemma_jax.experiment import TeacherRun
+from gemma_jax.experiment_file import argument
+from gemma_jax.sharding import MeshConfig
+
+MESH = MeshConfig(data=argument("data", 2), fsdp=argument("fsdp", 2), tensor=argument("tensor", 2))
+corpus = Corpus(
+    path="tokens", sources=("good.jsonl",), tokenizer=TokenizerConfig(vocab_size=400),
+    valid_fraction=0.1,
+)
+TEACHER = dataclasses.replace(BASE, name="teacher", data=corpus, mesh=MESH)
+shards = TeacherRun(
+    path="shards", teacher=TEACHER, draws=16, num_sequences=20, records_per_shard=8, mesh=MESH
+)
+BASE = dataclasses.replace(
+    TEACHER, name="student", seed=1, objective=Distill(shards=shards), mesh=MESH
+)
+"""
+
+
+def start_together(folder: Path, argv: list[str], count: int) -> list[tuple[int, str, str]]:
+    """Runs a command in `count` processes with eight devices in all: their exit codes, stdout and
+    stderr. Of several commands with `then` between them, the first gets what makes them one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    end = argv.index("then") if "then" in argv else len(argv)
+    started = []
+    for number in range(count):
+        one = f"--coordinator 127.0.0.1:{port} --num-processes {count} --process-id {number}"
+        own = [*argv[:end], *(one.split() if count > 1 else []), *argv[end:]]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), str(folder / f"read{number}.json"), *own],
+                env=environment() | {"JAX_NUM_CPU_DEVICES": str(DEVICES // count)},
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=400) for process in started]
+    return [(one.returncode, *text) for one, text in zip(started, outputs, strict=True)]
+
+
+def run_together(folder: Path, argv: list[str], count: int) -> tuple[list[dict], str]:
+    """The same for commands that succeed: the notes of each process, and the results."""
+    done = start_together(folder, argv, count)
+    for code, _, err in done:
+        assert code == 0, err
+    assert done[0][1]
+    assert not any(out for _, out, _ in done[1:])  # results are printed once
+    notes = [json.loads((folder / f"read{number}.json").read_text()) for number in range(count)]
+    return notes, done[0][1]
+
+
+def losses(folder: Path, name: str) -> dict[str, list[float]]:
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    names = ("loss", "grad_norm", "valid/loss", "valid/bits_per_byte")
+    return {name: [r[name] for r in records if name in r] for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Data, teacher, shards and student of one process with eight devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_inputs(folder)
+    (folder / "student.py").write_text(STUDENT)
+    return folder, run_together(folder, ["train", "student.py"], 1)[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [((2, 2, 2), 2), ((1, 4, 2), 2), ((1, 1, 8), 1)], ids=str
+)
+def test_two_processes_are_one(alone, tmp_path, mesh, parts):
+    """From text to a student; with `tensor` across processes both need every row."""
+    other, whole = alone
+    folder = tmp_path / "together"
+    folder.mkdir()
+    write_inputs(folder)
+    (folder / "student.py").write_text(STUDENT)
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    arguments = [part for name, x in sizes.items() for part in ("--arg", f"{name}={x}")]
+    notes, _ = run_together(folder, ["train", "student.py", *arguments], 2)
+
+    for name in ("teacher", "student"):
+        ours, theirs = losses(folder, name), losses(other, name)
+        assert len(ours["loss"]) >= 1
+        for metric, values in theirs.items():
+            np.testing.assert_allclose(ours[metric], values, rtol=1e-5, err_msg=f"{name} {metric}")
+    ours, theirs = (TeacherShards.open(path / "shards") for path in (folder, other))
+    assert ours.manifest["token_hash"] == theirs.manifest["token_hash"]
+    assert [s["records"] for s in ours.manifest["shards"]] == [8, 8, 4]
+
+    for kind in ("packed", "shards"):
+        batches = np.array(whole[kind][: ROWS * STEPS]).reshape(STEPS, ROWS)
+        for number, read in enumerate(notes):
+            share = ROWS // parts
+            rows = slice(number * share, number * share + share) if parts > 1 else slice(None)
+            own = batches[:, rows].ravel().tolist()
+            assert sorted(read[kind][: len(own)]) == sorted(own), (kind, number)
+
+
+@pytest.mark.slow
+def test_finished_models_are_used_by_two_processes(alone):
+    """Text, tasks, shards and prompts on a mesh that reaches over both."""
+    folder, _ = alone
+    (folder / "task.jsonl").write_text("".join(json.dumps(x) + "\n" for x in CHOICES))
+    verbs = [
+        "eval runs/teacher --data tokens --json",
+        "eval runs/teacher --tasks task.jsonl --json",
+        "teacher runs/teacher tokens PATH --seq-len 32 --num-sequences 10 --draws 8 --json",
+        "generate runs/teacher --prompt abc --prompt de --max-new-tokens 6 --temperature 0 --json",
+    ]
+    results = []
+    for count, mesh in ((1, "data=8,rules=dp"), (2, "fsdp=2,tensor=4")):
+        lines = [f"{verb.replace('PATH', f'drawn{count}')} --mesh {mesh}" for verb in verbs]
+        _, out = run_together(folder, " then ".join(lines).split(), count)
+        results.append([json.loads(line) for line in out.splitlines()])
+    (text1, tasks1, shards1, said1), (text2, tasks2, shards2, said2) = results
+    assert text2 == pytest.approx(text1, rel=1e-5)
+    for name, found in next(iter(tasks1["tasks"].values()))["metrics"].items():
+        assert next(iter(tasks2["tasks"].values()))["metrics"][name] == pytest.approx(found)
+    assert said1 == said2
+    for name in ("teacher_hash", "token_hash", "num_records", "num_tokens"):
+        assert shards1[name] == shards2[name]
+    for name in ("teacher_entropy", "teacher_cross_entropy"):
+        assert shards1[name] == pytest.approx(shards2[name], rel=1e-4)
+
+
+def test_what_is_refused_to_the_first_is_refused_to_all(tmp_path):
+    """The experiment's data are not there: one sentence each, and none waits for another."""
+    write_inputs(tmp_path)
+    done = start_together(tmp_path, ["train", "exp.py"], 2)
+    assert [code for code, _, _ in done] == [2, 2]
+    sentences = {line for _, _, err in done for line in err.splitlines() if "error:" in line}
+    assert len(sentences) == 1
+    assert "tokens" in sentences.pop()
+
+
+def test_a_process_that_finds_no_others_says_what_it_needs(tmp_path):
+    write_inputs(tmp_path)
+    done = ended([*command("train", str(tmp_path / "exp.py")), "--num-processes", "2"])
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "give each --coordinator HOST:PORT" in done.stderr
