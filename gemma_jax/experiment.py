@@ -5,13 +5,15 @@ first use (`run`), and found again afterwards.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 
-from gemma_jax import runs, trained
+from gemma_jax import runs, trained, tuned
+from gemma_jax.data.conversations import Conversations
 from gemma_jax.data.loader import train_stream
 from gemma_jax.data.mixture import (
     Mixture,
@@ -31,10 +33,11 @@ from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.model.config import ModelConfig, flops_per_token
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import check_types, to_json
-from gemma_jax.sharding import MeshConfig, make_layout
-from gemma_jax.training.loop import Job, LoopConfig, train
+from gemma_jax.sharding import Layout, MeshConfig, make_layout
+from gemma_jax.training.loop import Evaluate, Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
+from gemma_jax.tuning.sft import Sft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +47,20 @@ class Experiment:
     `tokens` and `batch_tokens` count label positions; steps follow from them. `data` is a corpus
     (built where it is not yet), the folder of a built one, or a mixture. A distillation run
     trains on its shards and is validated on `data`.
+
+    Weights begin at random, or with those of `init`: a run's folder, one of its checkpoints or an
+    imported model, whose settings `model` then defaults to. Tuning (`Sft`) reads `Conversations`,
+    and may count `epochs` over them in place of tokens.
     """
 
     name: str
-    model: ModelConfig
-    data: Corpus | Mixture | str
-    objective: Xent | Distill = Xent()
+    model: ModelConfig = None  # type: ignore[assignment] # that of `init`
+    init: str | None = None
+    data: Corpus | Mixture | Conversations | str
+    objective: Xent | Distill | Sft = Xent()
     optimizer: AdamW | Muon = AdamW()
-    tokens: int
+    tokens: int | None = None
+    epochs: int | None = None
     batch_tokens: int
     seq_len: int
     seed: int = 0
@@ -60,8 +69,11 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        if self.model is None and isinstance(self.init, str):
+            object.__setattr__(self, "model", tuned.config_of(self.init))
         check_types(self)
-        require_positive(self, "tokens", "batch_tokens", "seq_len", "valid_tokens")
+        require_positive(self, "tokens", "epochs", "batch_tokens", "seq_len", "valid_tokens")
+        self._check_length()
         parts = Path(self.name).parts
         if not parts or Path(self.name).is_absolute() or ".." in parts:
             raise UserError(f"name='{self.name}' must name a folder inside {runs.RUNS}.")
@@ -78,7 +90,20 @@ class Experiment:
                 f"batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len} "
                 f"times train.microbatches={self.train.microbatches}."
             )
-        if self.tokens < self.batch_tokens:
+
+    def _check_length(self) -> None:
+        if isinstance(self.data, Conversations) != isinstance(self.objective, Sft):
+            raise UserError(
+                "objective=Sft(...) and data=Conversations(...) need each other; give both or "
+                "neither."
+            )
+        if (self.tokens is None) == (self.epochs is None):
+            raise UserError("give tokens, or with conversations epochs, and not both.")
+        if self.epochs is not None and not isinstance(self.data, Conversations):
+            raise UserError(
+                f"epochs={self.epochs} is for data=Conversations(...); give tokens instead."
+            )
+        if self.tokens is not None and self.tokens < self.batch_tokens:
             raise UserError(
                 f"tokens={self.tokens} is less than one batch of batch_tokens={self.batch_tokens}."
             )
@@ -88,8 +113,9 @@ class Experiment:
         return runs.RUNS / self.name
 
     @property
-    def num_steps(self) -> int:
-        return self.tokens // self.batch_tokens
+    def num_steps(self) -> int | None:
+        """None where `epochs` decide: then the data must be read first."""
+        return None if self.tokens is None else self.tokens // self.batch_tokens
 
     @property
     def batch_size(self) -> int:
@@ -130,8 +156,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
             "bits_per_byte": outcome.metrics["valid/bits_per_byte"],
             "loss": outcome.metrics["valid/loss"],
             "accuracy": outcome.metrics["valid/accuracy"],
-            "tokens": experiment.num_steps * experiment.batch_tokens,
-            "steps": experiment.num_steps,
+            "tokens": job.num_steps * experiment.batch_tokens,
+            "steps": job.num_steps,
             "best_step": outcome.best_step,
             "tokens_per_s": outcome.metrics.get("tokens_per_s"),
             "mfu": outcome.metrics.get("mfu"),
@@ -164,35 +190,94 @@ def build(experiment: Experiment) -> Job:
             "mesh."
         )
     _check_teacher(experiment)
-    sources = open_sources(experiment.data)
-    tokenizer = next(iter(sources.values())).tokenizer
-    _check_vocabulary(experiment, tokenizer)
     model, config = Transformer(experiment.model), experiment.model
+    source = (_conversations if isinstance(experiment.data, Conversations) else _texts)(
+        experiment, model, layout
+    )
+    if experiment.init is not None:
+        tuned.check_init(experiment.init, config, source.tokenizer)
+    _check_vocabulary(experiment, source.tokenizer)
     if jax.process_index() == 0:
-        runs.describe_model(experiment.folder, config, tokenizer)
+        runs.describe_model(experiment.folder, config, source.tokenizer)
     return Job(
         name=experiment.name,
         folder=experiment.folder,
         config=experiment.train,
         layout=layout,
         init_params=lambda: model.init(jax.random.key(experiment.seed)),
+        load_params=_init_loader(experiment),
         axes=model.axes(),
         objective=experiment.objective.build(model, softcap=config.final_softcap),
         optimizer=experiment.optimizer,
-        batches=_batches(experiment, sources, tokenizer),
-        num_steps=experiment.num_steps,
+        batches=source.batches,
+        num_steps=source.num_steps,
         tokens_per_step=experiment.batch_tokens,
         flops_per_token=flops_per_token(config, experiment.seq_len),
-        evaluate=make_evaluation(
-            model,
-            valid_sequences(sources.values(), experiment.seq_len, experiment.valid_tokens),
-            tokenizer.token_bytes(),
-            layout,
-            batch_size=rows,
-        ),
+        evaluate=source.evaluate,
         seed=experiment.seed,
         settings=to_json(experiment),
     )
+
+
+class _Source(NamedTuple):
+    """What a run reads, and how it is measured."""
+
+    tokenizer: Tokenizer
+    batches: grain.IterDataset
+    num_steps: int
+    evaluate: Evaluate
+
+
+def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
+    sources = open_sources(experiment.data)  # type: ignore[arg-type] # no conversations
+    tokenizer = next(iter(sources.values())).tokenizer
+    _check_vocabulary(experiment, tokenizer)
+    num_steps = experiment.num_steps
+    assert num_steps is not None
+    evaluate = make_evaluation(
+        model,
+        valid_sequences(sources.values(), experiment.seq_len, experiment.valid_tokens),
+        tokenizer.token_bytes(),
+        layout,
+        batch_size=experiment.batch_size,
+    )
+    return _Source(tokenizer, _batches(experiment, sources, tokenizer), num_steps, evaluate)
+
+
+def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
+    data, objective = experiment.data, experiment.objective
+    assert isinstance(data, Conversations)
+    assert isinstance(objective, Sft)
+    tokenizer = tuned.tokenizer_of(data, experiment.init)
+    _check_vocabulary(experiment, tokenizer)
+    lessons = tuned.read_lessons(
+        data,
+        tokenizer,
+        seq_len=experiment.seq_len,
+        batch_size=experiment.batch_size,
+        num_steps=experiment.num_steps,
+        epochs=experiment.epochs,
+        seed=experiment.seed,
+    )
+    evaluate = tuned.make_lesson_evaluation(
+        model,
+        tokenizer,
+        lessons,
+        objective,
+        layout,
+        batch_size=experiment.batch_size,
+        valid_tokens=experiment.valid_tokens,
+    )
+    tuned.check_unchanged(experiment.folder, lessons.conversations)
+    batches = lessons.batches(experiment.batch_size)
+    return _Source(tokenizer, batches, lessons.num_steps, evaluate)
+
+
+def _init_loader(experiment: Experiment) -> Callable[[Any], Any] | None:
+    init = experiment.init
+    if init is None:
+        return None
+    return lambda shardings: tuned.load_params(init, experiment.model, shardings)
 
 
 def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) -> TeacherShards:
@@ -263,7 +348,9 @@ def _check_teacher(experiment: Experiment) -> None:
 
 
 def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
-    if experiment.model.vocab_size != tokenizer.vocab_size:
+    own, needed = experiment.model.vocab_size, tokenizer.vocab_size
+    # A model from elsewhere may have more rows than its tokenizer has ids.
+    if own < needed or (own > needed and experiment.init is None):
         raise UserError(
             f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer of the data has "
             f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}."
@@ -277,7 +364,8 @@ def _batches(
     if isinstance(experiment.objective, Distill):
         shards = prepare_shards(experiment.objective.shards, tokenizer)
         return shard_stream(shards, batch_size=experiment.batch_size, seed=experiment.seed, **host)
-    data = experiment.data
+    data, num_steps = experiment.data, experiment.num_steps
+    assert num_steps is not None
     whole = (Stage(until=1.0, weights={"data": 1.0}),)
     stages = data.stages if isinstance(data, Mixture) else whole
     return train_stream(
@@ -285,7 +373,7 @@ def _batches(
         stages,
         seq_len=experiment.seq_len,
         batch_size=experiment.batch_size,
-        num_batches=experiment.num_steps,
+        num_batches=num_steps,
         seed=experiment.seed,
         **host,
     )
@@ -295,7 +383,7 @@ def _batches(
 SETTINGS = {
     cls.__name__: cls
     for cls in (
-        *(AdamW, Corpus, Cosine, Distill, Experiment, LoopConfig, MeshConfig, Mixture, ModelConfig),
-        *(Muon, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
+        *(AdamW, Conversations, Corpus, Cosine, Distill, Experiment, LoopConfig, MeshConfig),
+        *(Mixture, ModelConfig, Muon, Sft, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
     )
 }

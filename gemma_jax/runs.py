@@ -191,8 +191,8 @@ def load_model(
     Weights are the average where the run kept one. They go where `layout` says, or to the first
     device. `compute_dtype` ("float32", "bfloat16") takes the place of the model's own.
     """
-    folder, step = run_and_step(folder)
-    config = read_config(folder / MODEL)
+    run, _ = run_and_step(folder)
+    config = read_config(run / MODEL)
     if compute_dtype is not None:
         config = override(config, {"compute_dtype": compute_dtype})
     model = Transformer(config)
@@ -207,8 +207,14 @@ def load_model(
         shapes,
         shardings,
     )
-    params = load_params(folder, like, step)
-    return LoadedModel(model, params, Tokenizer.load(folder / TOKENIZER))
+    params = load_weights(folder, config, like)
+    return LoadedModel(model, params, Tokenizer.load(run / TOKENIZER))
+
+
+def load_weights(folder: str | Path, config: ModelConfig, like: Any) -> Any:
+    """The float32 parameters of a run folder or checkpoint, laid out as `like`."""
+    run, step = run_and_step(folder)
+    return load_params(run, like, step)
 
 
 def run_and_step(folder: str | Path) -> tuple[Path, int | None]:

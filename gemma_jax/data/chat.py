@@ -7,16 +7,18 @@
 
 A system text goes in front of the first user turn's. Only the format itself gives control pieces:
 their names inside of a message stay text, whereas transformers, which writes the conversation out
-as one string by CHAT_TEMPLATE, turns them into control pieces.
+as one string by its chat template, turns them into control pieces.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
 
-# The same format for transformers and llama.cpp, in Jinja. Texts may come as lists of parts.
-CHAT_TEMPLATE = """\
+# The same format in Jinja. Texts may come as lists of parts. transformers' own tag `generation` tells
+# it what `mark_chat` does: the model's text and the <end_of_turn> after it, not the newline behind.
+MARKED_CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
         {{- content -}}
@@ -42,13 +44,23 @@ CHAT_TEMPLATE = """\
     {%- if loop.first -%}
         {{- prefix -}}
     {%- endif -%}
-    {{- text(turn['content']) | trim -}}
-    {{- '<end_of_turn>\\n' -}}
+    {%- if role == 'model' -%}
+        {%- generation -%}
+            {{- text(turn['content']) | trim -}}
+            {{- '<end_of_turn>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- text(turn['content']) | trim -}}
+        {{- '<end_of_turn>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<start_of_turn>model\\n' -}}
 {%- endif -%}
 """
+# For programs whose Jinja knows no such tag.
+CHAT_TEMPLATE = re.sub(r" *\{%- (end)?generation -%\}\n", "", MARKED_CHAT_TEMPLATE)
 
 
 def encode_chat(

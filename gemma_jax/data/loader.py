@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from gemma_jax.data.mixture import Stage
+from gemma_jax.data.packed_conversations import PackedConversations
 from gemma_jax.data.packing import Batch, PackedStream, check_seq_len
 from gemma_jax.data.token_set import TokenSet
 from gemma_jax.errors import UserError
@@ -146,6 +147,43 @@ def train_stream(
         batch_size,
         num_batches,
     )
+    return grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    )
+
+
+class _ConversationBatches:
+    """Batches of packed conversations by number, this host's rows of them."""
+
+    def __init__(
+        self, packed: PackedConversations, rows: range, size: int, count: int, limit: int | None
+    ):
+        self._packed, self._rows, self._size = packed, rows, size
+        self._count, self._limit = count, limit
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Batch:
+        first = int(number) * self._size
+        return self._packed.read([first + row for row in self._rows], self._limit)
+
+
+def conversation_stream(
+    packed: PackedConversations,
+    *,
+    batch_size: int,
+    num_batches: int,
+    limit: int | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> grain.IterDataset:
+    """The training batches of this host, as `train_stream` gives them.
+
+    Sequence r of batch i is the sequence iB + r of `packed`; those from `limit` on are padding.
+    """
+    rows = _own_rows(batch_size, num_batches, host_index, host_count)
+    batches = _ConversationBatches(packed, rows, batch_size, num_batches, limit)
     return grain.MapDataset.source(batches).to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     )
