@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax import runs
+from gemma_jax.adapted import Weights
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.files import PARTIAL_SUFFIX, disk_errors, read_json, write_json, write_text
@@ -20,7 +21,7 @@ from gemma_jax.interop.tensors import Tensors, by_name, check_names, pieces
 from gemma_jax.model.config import ModelConfig, count_parameters
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
-from gemma_jax.training.weights import SavedWeights, WeightsWriter
+from gemma_jax.training.weights import WeightsWriter
 
 IMPORTED, MODELFILE = "imported.json", "Modelfile"
 
@@ -73,10 +74,11 @@ def export_model(
         raise UserError(f"format={format!r} must be one of {', '.join(kinds)}.")
     if dtype not in kinds[format]:
         raise UserError(f"dtype={dtype!r} of {format} must be one of {', '.join(kinds[format])}.")
-    run, step = runs.run_and_step(checkpoint)
+    run, _ = runs.run_and_step(checkpoint)
     config = runs.read_config(run / runs.MODEL)
     tokenizer = Tokenizer.load(run / runs.TOKENIZER)
-    saved, weights, dest = SavedWeights(run, step), weight_table(config), Path(dest)
+    saved, weights = runs.open_weights(checkpoint, config), weight_table(config)
+    dest = Path(dest)
     _must_be_new(dest)
     with progress("export", len(weights)) as advance:
         read = _reader(saved, advance)
@@ -125,7 +127,7 @@ def _by_parameter(wanted: dict[str, Weight]) -> dict[tuple[str, ...], list[str]]
 
 
 def _reader(
-    saved: SavedWeights, advance: Callable[[int], None]
+    saved: Weights, advance: Callable[[int], None]
 ) -> Callable[[Weight], Iterator[np.ndarray]]:
     """A tensor's rows as a foreign file holds them: an embedding in pieces, all else whole."""
 

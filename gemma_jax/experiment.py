@@ -5,7 +5,6 @@ first use (`run`), and found again afterwards.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from gemma_jax.sharding import Layout, MeshConfig, make_layout
 from gemma_jax.training.loop import Evaluate, Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
+from gemma_jax.tuning.lora import Lora, QLora
 from gemma_jax.tuning.sft import Sft
 
 
@@ -50,7 +50,8 @@ class Experiment:
 
     Weights begin at random, or with those of `init`: a run's folder, one of its checkpoints or an
     imported model, whose settings `model` then defaults to. Tuning (`Sft`) reads `Conversations`,
-    and may count `epochs` over them in place of tokens.
+    and may count `epochs` over them in place of tokens. With an `adapter` the weights of `init`
+    stay as they are, and the run holds the adapter alone.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Experiment:
     init: str | None = None
     data: Corpus | Mixture | Conversations | str
     objective: Xent | Distill | Sft = Xent()
+    adapter: Lora | QLora | None = None
     optimizer: AdamW | Muon = AdamW()
     tokens: int | None = None
     epochs: int | None = None
@@ -74,6 +76,8 @@ class Experiment:
         check_types(self)
         require_positive(self, "tokens", "epochs", "batch_tokens", "seq_len", "valid_tokens")
         self._check_length()
+        if self.adapter is not None and self.init is None:
+            raise UserError("an adapter needs the weights that it is trained on; give init=RUN.")
         parts = Path(self.name).parts
         if not parts or Path(self.name).is_absolute() or ".." in parts:
             raise UserError(f"name='{self.name}' must name a folder inside {runs.RUNS}.")
@@ -204,9 +208,7 @@ def build(experiment: Experiment) -> Job:
         folder=experiment.folder,
         config=experiment.train,
         layout=layout,
-        init_params=lambda: model.init(jax.random.key(experiment.seed)),
-        load_params=_init_loader(experiment),
-        axes=model.axes(),
+        **_weights(experiment, model, layout),
         objective=experiment.objective.build(model, softcap=config.final_softcap),
         optimizer=experiment.optimizer,
         batches=source.batches,
@@ -273,11 +275,18 @@ def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -
     return _Source(tokenizer, batches, lessons.num_steps, evaluate)
 
 
-def _init_loader(experiment: Experiment) -> Callable[[Any], Any] | None:
-    init = experiment.init
-    if init is None:
-        return None
-    return lambda shardings: tuned.load_params(init, experiment.model, shardings)
+def _weights(experiment: Experiment, model: Transformer, layout: Layout) -> dict[str, Any]:
+    """The parts of a `Job` that say what is trained, and where it begins."""
+    init, adapter, seed = experiment.init, experiment.adapter, experiment.seed
+    if init is not None and adapter is not None:
+        return tuned.adapted_job(adapter, init, model, layout, experiment.folder, seed)
+    parts: dict[str, Any] = {
+        "init_params": lambda: model.init(jax.random.key(seed)),
+        "axes": model.axes(),
+    }
+    if init is not None:
+        parts["load_params"] = lambda shardings: tuned.load_params(init, model.config, shardings)
+    return parts
 
 
 def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) -> TeacherShards:
@@ -383,7 +392,7 @@ def _batches(
 SETTINGS = {
     cls.__name__: cls
     for cls in (
-        *(AdamW, Conversations, Corpus, Cosine, Distill, Experiment, LoopConfig, MeshConfig),
-        *(Mixture, ModelConfig, Muon, Sft, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
+        *(AdamW, Conversations, Corpus, Cosine, Distill, Experiment, LoopConfig, Lora, MeshConfig),
+        *(Mixture, ModelConfig, Muon, QLora, Sft, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
     )
 }

@@ -1,5 +1,6 @@
 """What a tuning run is made of: the weights it begins with, and conversations as its data."""
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from gemma_jax import runs
+from gemma_jax import adapted, runs
+from gemma_jax.adapted import Adapter, weights_hash, write_adapter
 from gemma_jax.data.conversations import Conversations, ConversationSet, read_conversations
 from gemma_jax.data.loader import conversation_stream
 from gemma_jax.data.packed_conversations import PackedConversations
@@ -21,10 +24,8 @@ from gemma_jax.files import read_json, write_json
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sharding import Layout
+from gemma_jax.tuning.lora import Lora, adapter_axes, init_adapter, join
 from gemma_jax.tuning.sft import Sft
-
-SEEN = "conversations.json"  # in the run folder: what was trained on, by its hash
-
 
 class Lessons(NamedTuple):
     """The conversations of a run, ready to be trained on."""
@@ -75,7 +76,7 @@ def read_lessons(
 
 def check_unchanged(folder: Path, conversations: ConversationSet) -> None:
     """Refuses to go on with a run on conversations other than those it began with."""
-    now, path = conversations.fingerprint(), folder / SEEN
+    now, path = conversations.fingerprint(), folder / runs.CONVERSATIONS
     if path.exists() and read_json(path, "the conversations of a run") != now:
         raise UserError(
             f"the conversations are not those that {folder} was begun with ({path}); give back the "
@@ -158,6 +159,33 @@ def load_params(init: str, config: ModelConfig, shardings: Any) -> Any:
         shardings,
     )
     return runs.load_weights(init, config, like)
+
+
+def adapted_job(
+    settings: Lora, init: str, model: Transformer, layout: Layout, folder: Path, seed: int
+) -> dict[str, Any]:
+    """The parts of a `Job` that trains an adapter on the frozen weights of `init`."""
+    axes, shapes = model.axes(), model.shapes()
+    base = runs.open_base(init)
+
+    def place(value: np.ndarray, names: tuple | None) -> jax.Array:
+        spec = layout.replicated()
+        if names is not None:
+            spec = NamedSharding(layout.mesh, layout.spec(names, value.shape))
+        return runs.put(value, spec)
+
+    def load_frozen() -> Any:
+        if jax.process_index() == 0:
+            write_adapter(folder, Adapter(settings, init, weights_hash(base, shapes)))
+        return adapted.load_frozen(base, settings, model, place)
+
+    return {
+        "init_params": lambda: init_adapter(settings, axes, shapes, jax.random.key(seed)),
+        "axes": adapter_axes(settings, axes),
+        "load_params": None,
+        "load_frozen": load_frozen,
+        "join": functools.partial(join, settings),
+    }
 
 
 def _leaves(config: ModelConfig) -> list[tuple[Any, Any]]:
