@@ -49,8 +49,11 @@ def is_adapter(run: Path) -> bool:
     return (run / FILE).exists()
 
 
-def write_adapter(run: Path, adapter: Adapter) -> None:
-    """Notes the base of a run, or refuses another one than it was begun with."""
+def write_adapter(run: Path, adapter: Adapter, *, seen_from: Path | None = None) -> None:
+    """Notes the base of a run, or refuses another one than it was begun with.
+
+    `seen_from` is where the folder will be, if it is written elsewhere.
+    """
     if is_adapter(run):
         if (known := read_adapter(run).base_hash) != adapter.base_hash:
             raise UserError(
@@ -61,7 +64,7 @@ def write_adapter(run: Path, adapter: Adapter) -> None:
     value = {
         "adapter": to_json(adapter.settings),
         "base": adapter.base,
-        "base_from_here": os.path.relpath(adapter.base, run),
+        "base_from_here": os.path.relpath(adapter.base, seen_from or run),
         "base_hash": adapter.base_hash,
     }
     write_json(run / FILE, value)
@@ -146,6 +149,13 @@ def load_frozen(
         return place(value, axes[path])
 
     return jax.tree.map_with_path(load, shapes)
+
+
+def held_alike(settings: Lora) -> tuple[bool, ...]:
+    """How the base of an adapter is held: adapters that agree in it can share one."""
+    if isinstance(settings, QLora):
+        return True, settings.embedding
+    return (False,)
 
 
 class MergedWeights:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # both import jax, which takes a second
 def import_(arguments: argparse.Namespace) -> None:
     from gemma_jax.exchange import import_model
 
-    value = import_model(arguments.source, arguments.path)
+    value = import_model(arguments.source, arguments.path, base=arguments.base)
     report.emit(arguments, value, report.figures(value))
 
 
@@ -45,8 +45,11 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.chat:
         _chat(arguments, sampling)
         return
-    prompts: list[Prompt] = arguments.prompt or _prompts(Path(arguments.file))
-    writer = TextGenerator(arguments.checkpoint)
+    asked = _prompts(Path(arguments.file)) if arguments.file else []
+    prompts: list[Prompt] = arguments.prompt or [prompt for prompt, _ in asked]
+    named = any(adapter is not _UNSAID for _, adapter in asked)
+    names = [None if name is _UNSAID else name for _, name in asked] if named else None
+    writer = TextGenerator(arguments.checkpoint, adapters=_adapters(arguments.adapter))
     if (
         len(prompts) == 1
         and isinstance(prompts[0], str)
@@ -70,6 +73,7 @@ def generate(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         seeds=[arguments.seed + i for i in range(len(prompts))],
         stop=arguments.stop,
+        adapters=names,
     )
     rows = [_row(*pair, arguments.logprobs) for pair in zip(prompts, results, strict=True)]
     report.emit(arguments, rows, "\n\n".join(map(_as_text, rows)))
@@ -96,14 +100,30 @@ def _write(pieces: Iterable[str]) -> None:
         sys.stdout.flush()
 
 
-def _prompts(path: Path) -> "list[Prompt]":
-    """The prompts of a JSONL file: `prompt`, or the `messages` of a conversation, a line."""
+_UNSAID = object()
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    """Folders by name: that before `=`, or that of the folder."""
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        name, folder = (name, folder) if equals else (Path(text).name, text)
+        if name in named:
+            raise UserError(f"two adapters are called '{name}'; write --adapter NAME={folder}.")
+        named[name] = folder
+    return named
+
+
+def _prompts(path: Path) -> "list[tuple[Prompt, Any]]":
+    """(prompt, name of its adapter) of a JSONL file: `prompt`, or the `messages` of a conversation,
+    a line, with `adapter` where it asks for one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be read: {cause}; give a JSONL file in UTF-8.") from None
-    prompts: list[Prompt] = []
+    prompts: list[tuple[Prompt, Any]] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             prompts.append(_prompt(line, f"{path} line {number}"))
@@ -112,16 +132,16 @@ def _prompts(path: Path) -> "list[Prompt]":
     return prompts
 
 
-def _prompt(line: str, where: str) -> "Prompt":
+def _prompt(line: str, where: str) -> "tuple[Prompt, Any]":
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}; mend it.") from None
     keys = [key for key in ("prompt", "messages") if isinstance(value, dict) and key in value]
     if keys == ["prompt"] and isinstance(value["prompt"], str):
-        return value["prompt"]
+        return value["prompt"], value.get("adapter", _UNSAID)
     if keys == ["messages"] and isinstance(value["messages"], list):
-        return value["messages"]
+        return value["messages"], value.get("adapter", _UNSAID)
     raise UserError(f"{where} must have either a text `prompt` or a list `messages`.")
 
 
@@ -129,7 +149,7 @@ def _chat(arguments: argparse.Namespace, sampling: "Sampling") -> None:
     from gemma_jax.completion import Conversation, TextGenerator
 
     talk = Conversation(
-        TextGenerator(arguments.checkpoint),
+        TextGenerator(arguments.checkpoint, adapters=_adapters(arguments.adapter)),
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,

@@ -19,15 +19,26 @@ type Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a 
 class TextGenerator:
     """A model and its tokenizer, ready to write."""
 
-    def __init__(self, folder: str | Path, *, compute_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        compute_dtype: str | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+    ) -> None:
         """`folder` is a run, one of its checkpoints, or an imported model.
 
         The compute dtype is the model's own; on a CPU, which has no fast bfloat16, float32.
+        `adapters` are runs that hold adapters on this model, by a name for each; a prompt may ask
+        for one of them, and those of one batch for different ones.
         """
         on_cpu = jax.default_backend() == "cpu"
-        loaded = runs.load_model(
-            folder, compute_dtype=compute_dtype or ("float32" if on_cpu else None)
-        )
+        compute_dtype = compute_dtype or ("float32" if on_cpu else None)
+        if adapters:
+            loaded = runs.load_adapters(folder, list(adapters.values()), compute_dtype)
+        else:
+            loaded = runs.load_model(folder, compute_dtype=compute_dtype)
+        self._adapters = {name: number for number, name in enumerate(adapters or {}, 1)}
         self.tokenizer = loaded.tokenizer
         self.generator = Generator(loaded.model, loaded.params)
 
@@ -43,12 +54,18 @@ class TextGenerator:
         sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
         stop: Sequence[str] = (),
+        adapters: Sequence[str | None] | None = None,
     ) -> list[TextCompletion]:
         """The continuation of each prompt; messages are continued by a turn of the model.
 
         A prompt's result depends on itself and its seed (0, 1, ... by default) alone. `stop` are
-        texts that end a completion.
+        texts that end a completion. `adapters` names one a prompt, None being the model as it is;
+        by default all use the only one, where there is one.
         """
+        if adapters is not None and len(adapters) != len(prompts):
+            raise UserError(
+                f"{len(adapters)} adapters for {len(prompts)} prompts; give one a prompt."
+            )
         return write_texts(
             self.generator,
             self.tokenizer,
@@ -57,7 +74,24 @@ class TextGenerator:
             sampling=sampling,
             seeds=seeds,
             stop=stop,
+            adapters=self.numbers(adapters, len(prompts)),
         )
+
+    def numbers(self, names: Sequence[str | None] | None, count: int) -> list[int] | None:
+        """What the generator calls the adapters of `count` prompts; None where it holds none."""
+        known = self._adapters
+        if names is None:
+            if len(known) > 1:
+                raise UserError(
+                    f"there are {len(known)} adapters; say for each prompt which it uses: "
+                    f"{', '.join(known)}."
+                )
+            names = [next(iter(known), None)] * count
+        for name in names:
+            if name is not None and name not in known:
+                there = f"there are: {', '.join(known)}" if known else "none was given"
+                raise UserError(f"there is no adapter '{name}'; {there}.")
+        return [0 if name is None else known[name] for name in names] if known else None
 
     def stream(
         self,
@@ -67,6 +101,7 @@ class TextGenerator:
         sampling: Sampling | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> Iterator[str]:
         """The continuation of one prompt, in pieces as it is written."""
         writer = Writer(self.tokenizer, stop)
@@ -77,6 +112,7 @@ class TextGenerator:
             seeds=[seed],
             stop_ids=STOP_IDS,
             stride=STRIDE,
+            adapters=self.numbers(None if adapter is None else [adapter], 1),
         ):
             yield writer.add(tokens[0], logprobs[0])
             if writer.stopped:
@@ -101,7 +137,9 @@ class Conversation:
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
         seed: int = 0,
+        adapter: str | None = None,
     ) -> None:
+        self._adapters = writer.numbers(None if adapter is None else [adapter], 1)
         self._writer, self._sampling = writer, sampling or Sampling()
         self._limit, self._seed = max_new_tokens, seed
         self._ids: list[int] = []  # all that was fed
@@ -146,6 +184,7 @@ class Conversation:
                 capacity=self._capacity,
                 seeds=[self._seed],
                 sampling=self._sampling,
+                adapters=self._adapters,
             )
         else:
             going = self._state._replace(done=self._state.done & False)

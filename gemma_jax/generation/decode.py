@@ -16,6 +16,7 @@ import numpy as np
 from gemma_jax.errors import UserError
 from gemma_jax.generation.sampling import Sampling, penalise, sample
 from gemma_jax.model.cache import Cache, init_cache
+from gemma_jax.model.matrix import select_rows
 from gemma_jax.model.transformer import Transformer, unrolled
 
 _MIN_BUCKET = 32
@@ -47,6 +48,7 @@ class State(NamedTuple):
     done: Any  # bool [B]
     keys: Any  # [B]
     seen: Any  # bool [B, V], or None
+    adapters: Any = None  # int32 [B]: which variant of its matrices each row asks for, or None
 
 
 class Generator:
@@ -62,13 +64,17 @@ class Generator:
         capacity: int,
         seeds: Sequence[int],
         sampling: Sampling,
+        adapters: Sequence[int] | None = None,
     ) -> State:
-        """Reads the prompts into a fresh cache of at least `capacity` tokens."""
+        """Reads the prompts into a fresh cache of at least `capacity` tokens.
+
+        `adapters` are numbers, one a prompt, where the parameters hold several of them.
+        """
         B = 1 << (len(prompts) - 1).bit_length()
         config = self.model.config
         lengths = np.zeros(B, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        all_seeds = [*seeds, *[0] * (B - len(prompts))]
+        all_seeds = _filled(seeds, B)
         state = State(
             init_cache(config, B, min(_bucket(capacity), config.max_seq_len)),
             jnp.zeros((B, config.embed_dim), config.compute_dtype),
@@ -76,6 +82,7 @@ class Generator:
             jnp.asarray(lengths == 0),
             jnp.stack([jax.random.key(seed) for seed in all_seeds]),
             _seen(B, config.vocab_size, sampling),
+            None if adapters is None else jnp.asarray(_filled(adapters, B), jnp.int32),
         )
         return self.extend(state, prompts)
 
@@ -119,6 +126,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
         stride: int = 8,
+        adapters: Sequence[int] | None = None,
     ) -> abc.Generator[tuple[np.ndarray, np.ndarray], list[int] | None]:
         """(tokens, logprobs) [B, n] as they come, `stride` steps at a time; -1 in rows done.
 
@@ -126,7 +134,13 @@ class Generator:
         """
         sampling = sampling or Sampling()
         longest, own = check_request(self.model, prompts, max_new_tokens, seeds)
-        state = self.begin(prompts, capacity=longest + max_new_tokens, seeds=own, sampling=sampling)
+        state = self.begin(
+            prompts,
+            capacity=longest + max_new_tokens,
+            seeds=own,
+            sampling=sampling,
+            adapters=adapters,
+        )
         left = max_new_tokens
         while left > 0:
             steps = min(stride, left)
@@ -207,6 +221,14 @@ def _bucket(length: int) -> int:
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
 
 
+def _filled(values: Sequence[int], rows: int) -> list[int]:
+    return [*values, *[0] * (rows - len(values))]
+
+
+def _chosen(params: Any, state: State) -> Any:
+    return params if state.adapters is None else select_rows(params, state.adapters)
+
+
 def _seen(rows: int, vocab_size: int, sampling: Sampling) -> Any:
     if sampling.repetition_penalty is None:
         return None
@@ -218,6 +240,7 @@ def _feed(
     model: Transformer, fresh: bool, params: Any, state: State, tokens: Any, valid: Any
 ) -> State:
     B, T = tokens.shape
+    params = _chosen(params, state)
     places = state.length[:, None] + jnp.arange(T, dtype=jnp.int32)
     hidden, cache = model.extend(params, tokens, places, valid, state.cache, fresh=fresh)
     count = valid.sum(axis=1, dtype=jnp.int32)
@@ -252,6 +275,7 @@ def _draw(
     limit: Any,
 ) -> tuple[State, Any, Any, Any]:
     B = state.length.shape[0]
+    params = _chosen(params, state)
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
     rows = jnp.arange(B, dtype=jnp.int32)
 
@@ -280,6 +304,7 @@ def _draw(
             state.done | (token[:, None] == stops).any(-1),
             state.keys,
             seen,
+            state.adapters,
         )
         return _Loop(
             state,
