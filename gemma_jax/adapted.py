@@ -181,7 +181,7 @@ class MergedWeights:
             a, b = a[start:stop], b[start:stop]
         else:
             a = a[start:stop]
-        return value + lora.update(a, b, scale=np.float32(self._settings.scale), stacked=stacked)
+        return value + lora.update(a, b, scale=self._settings.scale, stacked=stacked)
 
     def _base(self, path: Names, layer: int | None, start: int, stop: int) -> np.ndarray:
         if not _in_nf4(self._settings, path):

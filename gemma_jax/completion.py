@@ -5,13 +5,16 @@ from pathlib import Path
 
 import jax
 
-from gemma_jax import runs
+from gemma_jax import adapted, runs
 from gemma_jax.data.chat import encode_chat
-from gemma_jax.data.tokenizer import BOS, END_OF_TURN
+from gemma_jax.data.tokenizer import BOS, END_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.generation.decode import Generator, State
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.generation.text import STOP_IDS, STRIDE, TextCompletion, Writer, write_texts
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.settings import override
+from gemma_jax.tuning.lora import join_many
 
 type Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a conversation
 
@@ -35,7 +38,7 @@ class TextGenerator:
         on_cpu = jax.default_backend() == "cpu"
         compute_dtype = compute_dtype or ("float32" if on_cpu else None)
         if adapters:
-            loaded = runs.load_adapters(folder, list(adapters.values()), compute_dtype)
+            loaded = load_adapters(folder, list(adapters.values()), compute_dtype)
         else:
             loaded = runs.load_model(folder, compute_dtype=compute_dtype)
         self._adapters = {name: number for number, name in enumerate(adapters or {}, 1)}
@@ -125,6 +128,47 @@ class TextGenerator:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise UserError(f"the prompt {prompt!r} is no valid Unicode text; give it in UTF-8.")
         return [BOS, *self.tokenizer.encode(prompt)]
+
+
+def load_adapters(
+    folder: str | Path, adapters: Sequence[str | Path], compute_dtype: str | None = None
+) -> runs.LoadedModel:
+    """One model with several adapters, of which each row of a batch asks for one by its number;
+    1 is the first, 0 the model alone (`tuning.lora.join_many`).
+
+    The base is held once, on the first device: in NF4 where the adapters were trained so.
+    """
+    run, _ = runs.run_and_step(folder)
+    config = runs.read_config(run / runs.MODEL)
+    if compute_dtype is not None:
+        config = override(config, {"compute_dtype": compute_dtype})
+    model, weights, own = Transformer(config), runs.open_base(folder), []
+    known = adapted.weights_hash(weights, model.shapes())
+    for place in adapters:
+        path, step = runs.run_and_step(place)
+        if not adapted.is_adapter(path):
+            raise UserError(f"{path} holds a whole model and no adapter; give it as the model.")
+        described = adapted.read_adapter(path)
+        if described.base_hash != known:
+            raise UserError(
+                f"the adapter {path} was trained on {described.base}, and {folder} has other "
+                "weights; give that base."
+            )
+        own.append(
+            (described.settings, adapted.load_adapter(path, step, described.settings, model))
+        )
+    settings = own[0][0]
+    if any(adapted.held_alike(settings) != adapted.held_alike(other) for other, _ in own):
+        raise UserError(
+            "some of the adapters were trained on a base in NF4 and some were not, so they do not "
+            "share one; give those of one kind."
+        )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    base = adapted.load_frozen(
+        weights, settings, model, lambda value, _: jax.device_put(value, device)
+    )
+    params = join_many(own, base)
+    return runs.LoadedModel(model, params, Tokenizer.load(run / runs.TOKENIZER))
 
 
 class Conversation:

@@ -144,14 +144,14 @@ def _import_adapter(source: Path, dest: Path, base: str | Path | None) -> dict[s
     described = adapted.Adapter(
         own, str(base), adapted.weights_hash(runs.open_base(base), model.shapes())
     )
-    value = {"source": str(source), "format": "peft", "parameters": 0}
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    value = {"source": str(source), "format": "peft", "parameters": size}
     with _aside(dest) as folder:
         writer = WeightsWriter(folder, shapes)
         for path, pair in lora.pairs_of(shapes).items():
             for name, like in pair.items():
                 x = pairs[path][name] if path in pairs else np.zeros(like.shape, np.float32)
                 writer.write((*path, name), 0, like.shape[0], x)
-                value["parameters"] += x.size
         runs.describe_model(folder, config, Tokenizer.load(run / runs.TOKENIZER))
         adapted.write_adapter(folder, described, seen_from=dest)
         write_json(folder / IMPORTED, value)

@@ -231,7 +231,8 @@ class _Source(NamedTuple):
 
 
 def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
-    sources = open_sources(experiment.data)  # type: ignore[arg-type] # no conversations
+    assert not isinstance(experiment.data, Conversations)
+    sources = open_sources(experiment.data)
     tokenizer = next(iter(sources.values())).tokenizer
     _check_vocabulary(experiment, tokenizer)
     num_steps = experiment.num_steps
@@ -301,6 +302,7 @@ def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) ->
         trained.count_sequences(tokens, seq_len, job.num_sequences)
         folder = Path(job.teacher) if isinstance(job.teacher, str) else job.teacher.folder
         if isinstance(job.teacher, Experiment):
+            assert not isinstance(job.teacher.data, Conversations)
             for own in open_sources(job.teacher.data).values():
                 check_same_tokenizer(tokens, own.tokenizer, "the data of the teacher")
             run(job.teacher)
@@ -393,6 +395,17 @@ SETTINGS = {
     cls.__name__: cls
     for cls in (
         *(AdamW, Conversations, Corpus, Cosine, Distill, Experiment, LoopConfig, Lora, MeshConfig),
-        *(Mixture, ModelConfig, Muon, QLora, Sft, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
+        *(
+            Mixture,
+            ModelConfig,
+            Muon,
+            QLora,
+            Sft,
+            Stage,
+            TeacherRun,
+            TokenizerConfig,
+            WarmupStableDecay,
+            Xent,
+        ),
     )
 }

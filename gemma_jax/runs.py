@@ -17,7 +17,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,9 @@ from gemma_jax.adapted import FILE as ADAPTER
 from gemma_jax.adapted import (
     MergedWeights,
     check_base,
-    held_alike,
     is_adapter,
     load_adapter,
-    load_frozen,
     read_adapter,
-    weights_hash,
 )
 from gemma_jax.data.token_set import MANIFEST_FILE
 from gemma_jax.data.tokenizer import Tokenizer
@@ -48,7 +45,6 @@ from gemma_jax.training.checkpoint import checkpoint_steps, load_params
 from gemma_jax.training.metrics import FILE as METRICS
 from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.weights import SavedWeights
-from gemma_jax.tuning.lora import join_many
 
 RUNS = Path("runs")
 EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
@@ -227,43 +223,6 @@ def load_model(
     return LoadedModel(model, params, Tokenizer.load(run / TOKENIZER))
 
 
-def load_adapters(
-    folder: str | Path, adapters: Sequence[str | Path], compute_dtype: str | None = None
-) -> LoadedModel:
-    """One model with several adapters, of which each row of a batch asks for one by its number;
-    1 is the first, 0 the model alone (`tuning.lora.join_many`).
-
-    The base is held once, on the first device: in NF4 where the adapters were trained so.
-    """
-    run, _ = run_and_step(folder)
-    config = read_config(run / MODEL)
-    if compute_dtype is not None:
-        config = override(config, {"compute_dtype": compute_dtype})
-    model, weights, own = Transformer(config), open_base(folder), []
-    known = weights_hash(weights, model.shapes())
-    for place in adapters:
-        path, step = run_and_step(place)
-        if not is_adapter(path):
-            raise UserError(f"{path} holds a whole model and no adapter; give it as the model.")
-        described = read_adapter(path)
-        if described.base_hash != known:
-            raise UserError(
-                f"the adapter {path} was trained on {described.base}, and {folder} has other "
-                "weights; give that base."
-            )
-        own.append((described.settings, load_adapter(path, step, described.settings, model)))
-    settings = own[0][0]
-    if any(held_alike(settings) != held_alike(other) for other, _ in own):
-        raise UserError(
-            "some of the adapters were trained on a base in NF4 and some were not, so they do not "
-            "share one; give those of one kind."
-        )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    base = load_frozen(weights, settings, model, lambda value, _: jax.device_put(value, device))
-    params = join_many(own, base)
-    return LoadedModel(model, params, Tokenizer.load(run / TOKENIZER))
-
-
 def load_weights(folder: str | Path, config: ModelConfig, like: Any) -> Any:
     """The float32 parameters of a run folder or checkpoint, laid out as `like`; of an adapter's
     those of its base with the update added."""
@@ -290,7 +249,9 @@ def open_weights(folder: str | Path, config: ModelConfig) -> SavedWeights | Merg
     adapter, model = read_adapter(run), Transformer(config)
     base = open_base(adapter.base)
     check_base(adapter, base, model)
-    return MergedWeights(base, adapter.settings, load_adapter(run, step, adapter.settings, model), model)
+    return MergedWeights(
+        base, adapter.settings, load_adapter(run, step, adapter.settings, model), model
+    )
 
 
 def open_base(folder: str | Path) -> SavedWeights:

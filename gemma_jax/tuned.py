@@ -27,6 +27,7 @@ from gemma_jax.sharding import Layout
 from gemma_jax.tuning.lora import Lora, adapter_axes, init_adapter, join
 from gemma_jax.tuning.sft import Sft
 
+
 class Lessons(NamedTuple):
     """The conversations of a run, ready to be trained on."""
 

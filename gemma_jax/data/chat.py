@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
 
-# The same format in Jinja. Texts may come as lists of parts. transformers' own tag `generation` tells
-# it what `mark_chat` does: the model's text and the <end_of_turn> after it, not the newline behind.
+# The same format in Jinja. Texts may come as lists of parts. The tag `generation`, which is
+# transformers' own, marks what `mark_chat` does: the model's text and the <end_of_turn> after it,
+# not the newline behind.
 MARKED_CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}

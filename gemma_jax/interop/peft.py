@@ -2,7 +2,7 @@
 
 A is [rank, in] there and B [out, rank]. An embedding's factors are lora_embedding_A [rank, V] and
 lora_embedding_B [D, rank]. `peft` updates the lookup alone where an embedding is adapted; a tied
-one, which is both here, becomes an adapter of embed_tokens and one of lm_head with the same factors.
+one, which is both here, becomes adapters of embed_tokens and of lm_head with the same factors.
 """
 
 import math
@@ -123,7 +123,10 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], Pai
     pairs: Pairs = {}
     for path, parts in stacked.items():
         layers = {
-            weight.layer: (_pad(a, -1, rank), _pad(b if own == scale else b * (own / scale), 0, rank))
+            weight.layer: (
+                _pad(a, -1, rank),
+                _pad(b if own == scale else b * (own / scale), 0, rank),
+            )
             for weight, a, b, own in parts
         }
         if path not in depth:

@@ -18,7 +18,7 @@ def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, fa
     An array, or the `Matrix` that the parameters hold in its place.
     """
     config: ModelConfig = module.config
-    own = module.get_variable("params", name)
+    own: Any = module.get_variable("params", name)
     if isinstance(own, Matrix):
         return own.astype(config.compute_dtype)
     init = nn.initializers.truncated_normal(stddev=fan_in**-0.5)

@@ -66,9 +66,7 @@ def scores(x: Float[Array, "*b D"], table: Any) -> Float[Array, "*b V"]:
     """float32 products with every row of a table; the product is taken in the type of `x`."""
     if isinstance(table, Matrix):
         return table.astype(x.dtype).scores(x)
-    return jnp.einsum(
-        "...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def as_array(weight: Any) -> Array:

@@ -85,7 +85,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self) -> Any:
         c = self.config
-        own = self.get_variable("params", "embedding")
+        own: Any = self.get_variable("params", "embedding")
         if isinstance(own, Matrix):
             return own
         # With the lookup's factor sqrt(D), tokens enter the first block with variance 1.

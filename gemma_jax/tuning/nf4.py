@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gemma_jax.model.matrix import Matrix, multiply
+from gemma_jax.model.matrix import Matrix
 
 LEVELS = np.array(  # appendix E
     [
@@ -148,7 +148,9 @@ class Nf4(Matrix):
 
         @jax.checkpoint
         def product(own: Nf4, x: Array) -> Array:
-            return multiply(x, own.array(), inputs)
+            flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+            y = jnp.einsum("...I,OI->...O", flat, own._foreign())
+            return y.reshape(*y.shape[:-1], *self.shape[inputs:])
 
         return product(self, x)
 
@@ -173,11 +175,14 @@ class Nf4(Matrix):
         return jax.vmap(Nf4.array)(self) if stacked else self.array()
 
     def array(self) -> Array:
+        own = self._foreign()
+        return own.T.reshape(self.shape) if self.inputs else own
+
+    def _foreign(self) -> Array:
+        """[out, in], as it is packed; a table [V, D]."""
         flat = dequantise(self.packed)[: math.prod(self.shape)].astype(self.dtype)
-        if not self.inputs:
-            return flat.reshape(self.shape)
-        outputs = math.prod(self.shape[self.inputs :])
-        return flat.reshape(outputs, -1).T.reshape(self.shape)
+        width = math.prod(self.shape[: self.inputs]) if self.inputs else self.shape[1]
+        return flat.reshape(-1, width)
 
 
 def pack(value: np.ndarray, inputs: int, *, stacked: bool) -> Nf4:
