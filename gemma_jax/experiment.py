@@ -302,9 +302,9 @@ def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) ->
         trained.count_sequences(tokens, seq_len, job.num_sequences)
         folder = Path(job.teacher) if isinstance(job.teacher, str) else job.teacher.folder
         if isinstance(job.teacher, Experiment):
-            assert not isinstance(job.teacher.data, Conversations)
-            for own in open_sources(job.teacher.data).values():
-                check_same_tokenizer(tokens, own.tokenizer, "the data of the teacher")
+            if not isinstance(job.teacher.data, Conversations):
+                for own in open_sources(job.teacher.data).values():
+                    check_same_tokenizer(tokens, own.tokenizer, "the data of the teacher")
             run(job.teacher)
         trained.note_lesson(job, job.teacher)
         trained.write_shards(job, folder, tokens, seq_len=seq_len, num_sequences=job.num_sequences)
