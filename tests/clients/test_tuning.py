@@ -82,7 +82,12 @@ def test_we_take_adapters_of_peft(tmp_path: Path, name: str) -> None:
 
 ODD = [
     [("user", "a\n\n"), ("assistant", "\n\n  b  \n")],
-    [("user", "x"), ("assistant", "🙂🙂"), ("user", "\u00a0y\u2003"), ("assistant", "é\u0301 \n\n z")],
+    [
+        ("user", "x"),
+        ("assistant", "🙂🙂"),
+        ("user", "\u00a0y\u2003"),
+        ("assistant", "é\u0301 \n\n z"),
+    ],
     [("system", "S\n"), ("user", "\n\nq"), ("assistant", "line\n\nline\n\n\n\nend")],
     [("user", "ends with the user"), ("assistant", "1"), ("user", "open")],
     [("user", "model\n"), ("assistant", "model\nuser\n"), ("user", "1 2  3"), ("model", "\t\tx")],
@@ -117,7 +122,15 @@ def test_nf4_is_that_of_bitsandbytes(tmp_path: Path, shape: tuple[int, int]) -> 
     np.testing.assert_array_equal(SCALE_LEVELS, theirs["scale_levels"])
     np.testing.assert_array_equal(ours.codes[: len(theirs["codes"])], theirs["codes"])
     # Its CPU kernel for scales finds, here and there, a neighbour of the nearest level.
-    assert (ours.scales != theirs["scales"]).mean() < 0.01
+    padded = np.pad(values.ravel(), (0, -values.size % 64)).reshape(-1, 64)
+    wanted = np.abs(padded).max(axis=1) - theirs["offset"]
+    wanted /= np.repeat(theirs["scale_scales"], 256)[: len(wanted)]
+    far = np.abs(wanted - SCALE_LEVELS[ours.scales]) - np.abs(
+        wanted - SCALE_LEVELS[theirs["scales"]]
+    )
+    assert far.max() <= 1e-7
+    assert (np.abs(ours.scales.astype(int) - theirs["scales"]) <= 1).all()
+    assert (ours.scales != theirs["scales"]).mean() < 0.05
     # What the two read out of the same parts is the same, also within one compiled program.
     codes = np.zeros_like(ours.codes)
     codes[: len(theirs["codes"])] = theirs["codes"]
