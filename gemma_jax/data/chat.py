@@ -12,6 +12,7 @@ as one string by its chat template, turns them into control pieces.
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
@@ -166,8 +167,24 @@ def _read(message: Mapping[str, str], number: int) -> tuple[str, str]:
         raise UserError(
             f"message {number} has the role {role!r}; use system, user, assistant or model."
         )
-    if not isinstance(content, str):
+    text = text_of(content)
+    if text is None:
         raise UserError(
-            f"message {number} has a content of type {type(content).__name__}; give it as a string."
+            f"message {number} has a content of type {type(content).__name__}; give it as a "
+            "string, or a list of parts of the type text."
         )
-    return "model" if role == "assistant" else role, content
+    return "model" if role == "assistant" else role, text
+
+
+def text_of(content: Any) -> str | None:
+    """The text of a message's content, a string or parts of the type text; None for anything else.
+
+    Parts are written one behind the other.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        return None
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(content) else None

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gemma_jax.data import readers
-from gemma_jax.data.chat import mark_chat
+from gemma_jax.data.chat import mark_chat, text_of
 from gemma_jax.data.corpora import find_parts
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.data.tokens import held_out_below
@@ -158,11 +158,13 @@ def _conversation(place: str, row: Any, tokenizer: Tokenizer) -> Conversation:
     messages = list(_messages(place, row))
     try:
         for number, message in enumerate(messages, 1):
-            content = message.get("content") if isinstance(message, Mapping) else None
-            if isinstance(content, str) and not content.strip():
+            text = text_of(message.get("content")) if isinstance(message, Mapping) else None
+            if text is None:
+                continue  # `mark_chat` says what is wrong
+            if not text.strip():
                 raise UserError(f"message {number} is empty; give it a text or remove the line.")
-            if isinstance(content, str):
-                content.encode()
+            text.encode()
+            messages[number - 1] = {**message, "content": text}
         marked = mark_chat(tokenizer, messages)
     except UnicodeEncodeError:
         raise UserError(

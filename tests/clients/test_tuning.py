@@ -98,7 +98,9 @@ def test_masks_are_those_of_transformers(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", config())
     export_model(base, tmp_path / "hf", format="hf", dtype="f32")
     odd = [[{"role": role, "content": text} for role, text in turns] for turns in ODD]
-    chats = [*CHATS, *odd]
+    parts = [{"type": "text", "text": "\n a"}, {"type": "text", "text": "b \n"}]
+    in_parts = [{"role": role, "content": parts} for role in ("system", "user", "assistant")]
+    chats = [*CHATS, *odd, in_parts]
     job = {"tokenizer": str(tmp_path / "hf"), "conversations": chats, "out": str(tmp_path / "out")}
     clients.run("transformers", [job], tmp_path, "tuning")
     tokenizer = Tokenizer.load(TOKENIZER)
