@@ -90,8 +90,8 @@ def run(result: Mapping[str, Any], folder: str | Path) -> str:
         replies = f", {metrics['valid/exact_match']:.1%} of replies exact"
     return (
         f"{result['name']}: {result['bits_per_byte']:.4f} bits/byte, loss {result['loss']:.4f}, "
-        f"accuracy {result['accuracy']:.4f}{replies} on held-out text after {result['tokens']:,} tokens "
-        f"({result['tokens_per_s'] or 0:,.0f} tokens/s); see {folder}"
+        f"accuracy {result['accuracy']:.4f}{replies} on held-out text after "
+        f"{result['tokens']:,} tokens ({result['tokens_per_s'] or 0:,.0f} tokens/s); see {folder}"
     )
 
 
