@@ -184,6 +184,14 @@ def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     what.add_argument("--prompt", action="append", help="may be given several times")
     what.add_argument("--file", help="JSON lines with `prompt`, or `messages` of a conversation")
     what.add_argument("--chat", action="store_true", help="a turn for each line of standard input")
+    one.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]RUN",
+        help="a run that holds an adapter on this model; may be given several times, and the lines "
+        "of --file then name theirs as `adapter` (the folder's name where none is given)",
+    )
     one.add_argument("--max-new-tokens", type=_positive, default=64, help="at most")
     one.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     one.add_argument("--top-k", type=_positive, help="draw from the likeliest K tokens alone")
@@ -193,18 +201,32 @@ def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one.add_argument(
         "--stop", action="append", default=[], help="a text that ends; may be given several times"
     )
+    bound = one.add_mutually_exclusive_group()
+    bound.add_argument("--schema", metavar="FILE", help="write JSON that this JSON schema allows")
+    bound.add_argument("--regex", help="write text that matches this expression as a whole")
+    bound.add_argument("--grammar", metavar="FILE", help="write text of this grammar (Lark)")
+    one.add_argument(
+        "--on-limit",
+        choices=("close", "cut"),
+        default="close",
+        help="of a bound text that --max-new-tokens ends: close it properly, or leave it as it is; "
+        "lines of --file may have a `schema`, `regex` or `grammar` of their own",
+    )
     one.add_argument("--logprobs", action="store_true", help="tokens and their log-probabilities")
     one.add_argument("--seed", type=seed, default=0, help="of the first prompt; then one more each")
     _device_options(one)
 
-    one = verb("import", "Take a Hugging Face folder or a GGUF file in as a run.")
-    one.add_argument("source", help="folder with config.json and safetensors, or a .gguf file")
+    one = verb("import", "Take a Hugging Face folder, a GGUF file or a PEFT adapter in as a run.")
+    one.add_argument(
+        "source", help="folder with config.json or adapter_config.json, or a .gguf file"
+    )
     one.add_argument("path", help="folder to write")
+    one.add_argument("--base", help="of an adapter: the run that it belongs to")
 
     one = verb("export", "Write a model for transformers, mlx-lm, llama.cpp, Ollama.")
     one.add_argument("checkpoint", help="folder of a run, or one of its checkpoints")
     one.add_argument("path", help="folder to write; with gguf also a file that ends in .gguf")
-    one.add_argument("--format", required=True, choices=("hf", "gguf"), help="whose files")
+    one.add_argument("--format", required=True, choices=("hf", "gguf", "peft"), help="whose files")
     one.add_argument(
         "--dtype",
         default="bf16",

@@ -5,13 +5,15 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_jax import report
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:  # all import jax, which takes a second
     from gemma_jax.completion import Prompt, TextCompletion
+    from gemma_jax.generation.constrain import BoundCompletion
+    from gemma_jax.generation.grammar import Grammar
     from gemma_jax.generation.sampling import Sampling
     from gemma_jax.sharding import MeshConfig
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:  # all import jax, which takes a second
 def import_(arguments: argparse.Namespace) -> None:
     from gemma_jax.exchange import import_model
 
-    value = import_model(arguments.source, arguments.path)
+    value = import_model(arguments.source, arguments.path, base=arguments.base)
     report.emit(arguments, value, report.figures(value))
 
 
@@ -51,10 +53,33 @@ def generate(arguments: argparse.Namespace) -> None:
         repetition_penalty=arguments.repetition_penalty,
     )
     if arguments.chat:
+        if arguments.schema or arguments.regex or arguments.grammar:
+            raise UserError("--chat is not bound to anything; give the turns as --file instead.")
         _chat(arguments, sampling)
         return
-    prompts: list[Prompt] = arguments.prompt or _prompts(Path(arguments.file))
-    writer = TextGenerator(arguments.checkpoint, mesh=mesh(arguments))
+    asked = _prompts(Path(arguments.file)) if arguments.file else []
+    asked = asked or [_Asked(prompt) for prompt in arguments.prompt]
+    prompts = [one.prompt for one in asked]
+    named = any(one.adapter is not _UNSAID for one in asked)
+    names = [None if one.adapter is _UNSAID else one.adapter for one in asked] if named else None
+    grammars = _grammars(arguments, asked)
+    writer = TextGenerator(
+        arguments.checkpoint, adapters=_adapters(arguments.adapter), mesh=mesh(arguments)
+    )
+    seeds = [arguments.seed + i for i in range(len(prompts))]
+    if grammars:
+        bound = writer.complete_bound(
+            prompts,
+            grammars,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            seeds=seeds,
+            on_limit=arguments.on_limit,
+            adapters=names,
+        )
+        rows = [_row(*pair, arguments.logprobs) for pair in zip(prompts, bound, strict=True)]
+        report.emit(arguments, rows, "\n\n".join(map(_as_text, rows)))
+        return
     if (
         len(prompts) == 1
         and isinstance(prompts[0], str)
@@ -76,16 +101,21 @@ def generate(arguments: argparse.Namespace) -> None:
         prompts,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        seeds=[arguments.seed + i for i in range(len(prompts))],
+        seeds=seeds,
         stop=arguments.stop,
+        adapters=names,
     )
     rows = [_row(*pair, arguments.logprobs) for pair in zip(prompts, results, strict=True)]
     report.emit(arguments, rows, "\n\n".join(map(_as_text, rows)))
 
 
-def _row(prompt: "Prompt", result: "TextCompletion", logprobs: bool) -> dict[str, Any]:
+def _row(
+    prompt: "Prompt", result: "TextCompletion | BoundCompletion", logprobs: bool
+) -> dict[str, Any]:
     row: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "messages": prompt}
-    row |= {"text": result.text, "stopped": result.stopped}
+    row["text"] = result.text
+    key = "stopped" if hasattr(result, "stopped") else "ending"
+    row[key] = getattr(result, key)
     if logprobs:
         row |= {"tokens": result.tokens, "logprobs": result.logprobs}
     return row
@@ -94,7 +124,8 @@ def _row(prompt: "Prompt", result: "TextCompletion", logprobs: bool) -> dict[str
 def _as_text(row: dict[str, Any]) -> str:
     text = row.get("prompt", "") + row["text"]
     if "logprobs" in row:
-        text += f"\n({len(row['tokens'])} tokens, {sum(row['logprobs']):.4f} nats)"
+        nats = sum(value for value in row["logprobs"] if value is not None)
+        text += f"\n({len(row['tokens'])} tokens, {nats:.4f} nats)"
     return text
 
 
@@ -104,14 +135,82 @@ def _write(pieces: Iterable[str]) -> None:
         sys.stdout.flush()
 
 
-def _prompts(path: Path) -> "list[Prompt]":
-    """The prompts of a JSONL file: `prompt`, or the `messages` of a conversation, a line."""
+_UNSAID = object()
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    """Folders by name: that before `=`, or that of the folder."""
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        name, folder = (name, folder) if equals else (Path(text).name, text)
+        if name in named:
+            raise UserError(f"two adapters are called '{name}'; write --adapter NAME={folder}.")
+        named[name] = folder
+    return named
+
+
+class _Asked(NamedTuple):
+    prompt: "Prompt"
+    adapter: Any = _UNSAID
+    grammar: "Grammar | None" = None
+
+
+def _grammars(arguments: argparse.Namespace, asked: "list[_Asked]") -> "list[Grammar]":
+    """What each text is bound to; empty where none is."""
+    common = _grammar(
+        {
+            "schema": arguments.schema and _read(Path(arguments.schema)),
+            "regex": arguments.regex,
+            "grammar": arguments.grammar and _read(Path(arguments.grammar)),
+        }
+    )
+    chosen = [one.grammar or common for one in asked]
+    found = [one for one in chosen if one is not None]
+    if found and arguments.stop:
+        raise UserError("a bound text ends where its grammar does; leave --stop out.")
+    if 0 < len(found) < len(asked):
+        raise UserError(
+            f"prompt {chosen.index(None) + 1} of {arguments.file} has no schema, regex or grammar, "
+            "and others have; give it one, or one for all as an option."
+        )
+    return found
+
+
+def _grammar(given: dict[str, Any]) -> "Grammar | None":
+    """The grammar of the one kind that is given."""
+    kinds = [kind for kind in ("schema", "regex", "grammar") if given.get(kind) is not None]
+    if not kinds:
+        return None
+    from gemma_jax.generation.grammar import json_schema, lark, regex
+
+    if len(kinds) > 1:
+        raise UserError(f"a text is bound to {kinds[0]} and {kinds[1]} at once; give one of them.")
+    value = given[kinds[0]]
+    if kinds[0] == "schema":
+        return json_schema(value)
+    if not isinstance(value, str):
+        raise UserError(f"{kinds[0]}={value!r:.60} must be a text.")
+    return regex(value) if kinds[0] == "regex" else lark(value)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be read: {cause}; give a file in UTF-8.") from None
+
+
+def _prompts(path: Path) -> "list[_Asked]":
+    """The prompts of a JSONL file: `prompt`, or the `messages` of a conversation, a line, with
+    `adapter`, `schema`, `regex` or `grammar` where it asks for one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be read: {cause}; give a JSONL file in UTF-8.") from None
-    prompts: list[Prompt] = []
+    prompts: list[_Asked] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             prompts.append(_prompt(line, f"{path} line {number}"))
@@ -120,16 +219,19 @@ def _prompts(path: Path) -> "list[Prompt]":
     return prompts
 
 
-def _prompt(line: str, where: str) -> "Prompt":
+def _prompt(line: str, where: str) -> "_Asked":
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}; mend it.") from None
     keys = [key for key in ("prompt", "messages") if isinstance(value, dict) and key in value]
-    if keys == ["prompt"] and isinstance(value["prompt"], str):
-        return value["prompt"]
-    if keys == ["messages"] and isinstance(value["messages"], list):
-        return value["messages"]
+    kinds = {"prompt": str, "messages": list}
+    if len(keys) == 1 and isinstance(value[keys[0]], kinds[keys[0]]):
+        try:
+            grammar = _grammar(value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return _Asked(value[keys[0]], value.get("adapter", _UNSAID), grammar)
     raise UserError(f"{where} must have either a text `prompt` or a list `messages`.")
 
 
@@ -137,7 +239,9 @@ def _chat(arguments: argparse.Namespace, sampling: "Sampling") -> None:
     from gemma_jax.completion import Conversation, TextGenerator
 
     talk = Conversation(
-        TextGenerator(arguments.checkpoint, mesh=mesh(arguments)),
+        TextGenerator(
+            arguments.checkpoint, adapters=_adapters(arguments.adapter), mesh=mesh(arguments)
+        ),
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,

@@ -7,32 +7,43 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from gemma_jax import runs
+from gemma_jax import adapted, runs
+from gemma_jax.adapted import Weights
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.files import PARTIAL_SUFFIX, disk_errors, read_json, write_json, write_text
-from gemma_jax.interop import gguf, hf, tokenizers
+from gemma_jax.interop import gguf, hf, peft, tokenizers
 from gemma_jax.interop.gguf_file import GgufFile
 from gemma_jax.interop.names import Weight, weight_table
 from gemma_jax.interop.tensors import Tensors, by_name, check_names, pieces
 from gemma_jax.model.config import ModelConfig, count_parameters
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
-from gemma_jax.training.weights import SavedWeights, WeightsWriter
+from gemma_jax.training.weights import WeightsWriter
+from gemma_jax.tuning import lora
 
 IMPORTED, MODELFILE = "imported.json", "Modelfile"
+_ADAPTER_SETTINGS = ("rank", "alpha", "dropout", "rslora")
 
 
-def import_model(source: str | Path, dest: str | Path) -> dict[str, Any]:
+def import_model(
+    source: str | Path, dest: str | Path, *, base: str | Path | None = None
+) -> dict[str, Any]:
     """Turns a Hugging Face folder or a GGUF file into a folder that every verb takes as a run.
 
     The settings come from the file, never from its name; weights are kept in float32. Memory holds
-    one tensor (of an embedding, a piece). Returns what was imported.
+    one tensor (of an embedding, a piece). A folder of `peft` holds an adapter, whose `base` is the
+    folder of a run. Returns what was imported.
     """
     source, dest = Path(source), Path(dest)
     _must_be_new(dest)
+    if (source / peft.CONFIG).exists():
+        return _import_adapter(source, dest, base)
+    if base is not None:
+        raise UserError(f"{source} is no adapter, so it has no base; leave base={base} out.")
     if source.is_dir():
         config, multimodal = hf.read_config(source)
         tensors: Tensors = hf.HfTensors(source, multimodal=multimodal, tied=config.tied_embedding)
@@ -65,18 +76,22 @@ def export_model(
     Args:
       format: "hf", a folder that transformers and mlx-lm load; or "gguf", a file that llama.cpp,
         Ollama and LM Studio run, with a Modelfile beside it. `dest` is then the file if it ends
-        in .gguf, else a folder.
+        in .gguf, else a folder. Of a run that holds an adapter both get the merged model; "peft"
+        gets the adapter alone, in float32.
       dtype: "f32", "bf16" or "f16"; for gguf also "q8_0" and "q4_0". Norms of a GGUF stay float32.
     """
+    if format == "peft":
+        return _export_adapter(checkpoint, Path(dest))
     kinds = {"hf": hf.DTYPES, "gguf": gguf.DTYPES}
     if format not in kinds:
-        raise UserError(f"format={format!r} must be one of {', '.join(kinds)}.")
+        raise UserError(f"format={format!r} must be one of {', '.join(kinds)}, peft.")
     if dtype not in kinds[format]:
         raise UserError(f"dtype={dtype!r} of {format} must be one of {', '.join(kinds[format])}.")
-    run, step = runs.run_and_step(checkpoint)
+    run, _ = runs.run_and_step(checkpoint)
     config = runs.read_config(run / runs.MODEL)
     tokenizer = Tokenizer.load(run / runs.TOKENIZER)
-    saved, weights, dest = SavedWeights(run, step), weight_table(config), Path(dest)
+    saved, weights = runs.open_weights(checkpoint, config), weight_table(config)
+    dest = Path(dest)
     _must_be_new(dest)
     with progress("export", len(weights)) as advance:
         read = _reader(saved, advance)
@@ -94,6 +109,53 @@ def export_model(
             with _gguf_file(dest, f"{run.name}-{dtype}.gguf") as file:
                 gguf.write_model(file, fields, weights, read, dtype)
     return {"path": str(dest), "format": format, "dtype": dtype, "parameters": _size(weights)}
+
+
+def _export_adapter(checkpoint: str | Path, dest: Path) -> dict[str, Any]:
+    run, step = runs.run_and_step(checkpoint)
+    if not adapted.is_adapter(run):
+        raise UserError(f"{run} holds a whole model and no adapter; export it as hf or gguf.")
+    _must_be_new(dest)
+    adapter, config = adapted.read_adapter(run), runs.read_config(run / runs.MODEL)
+    tree = adapted.load_adapter(run, step, adapter.settings, Transformer(config))
+    pairs = {
+        path: {name: np.asarray(x) for name, x in pair.items()}
+        for path, pair in lora.pairs_of(tree).items()
+    }
+    settings = {name: getattr(adapter.settings, name) for name in _ADAPTER_SETTINGS}
+    with _aside(dest) as folder:
+        peft.write_adapter(folder, config, pairs, settings=settings, base=adapter.base)
+    size = sum(x.size for pair in pairs.values() for x in pair.values())
+    return {"path": str(dest), "format": "peft", "dtype": "f32", "parameters": size}
+
+
+def _import_adapter(source: Path, dest: Path, base: str | Path | None) -> dict[str, Any]:
+    if base is None:
+        raise UserError(f"{source} holds an adapter; give the run of its base (--base).")
+    run, _ = runs.run_and_step(base)
+    config = runs.read_config(run / runs.MODEL)
+    model = Transformer(config)
+    settings, pairs = peft.read_adapter(source, config)
+    targets = tuple(dict.fromkeys(lora.target_of(path) for path in pairs))
+    own = lora.Lora(targets=targets, **settings)
+    shapes = jax.eval_shape(
+        lambda: lora.init_adapter(own, model.axes(), model.shapes(), jax.random.key(0))
+    )
+    described = adapted.Adapter(
+        own, str(base), adapted.weights_hash(runs.open_base(base), model.shapes())
+    )
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    value = {"source": str(source), "format": "peft", "parameters": size}
+    with _aside(dest) as folder:
+        writer = WeightsWriter(folder, shapes)
+        for path, pair in lora.pairs_of(shapes).items():
+            for name, like in pair.items():
+                x = pairs[path][name] if path in pairs else np.zeros(like.shape, np.float32)
+                writer.write((*path, name), 0, like.shape[0], x)
+        runs.describe_model(folder, config, Tokenizer.load(run / runs.TOKENIZER))
+        adapted.write_adapter(folder, described, seen_from=dest)
+        write_json(folder / IMPORTED, value)
+    return {"path": str(dest), **value}
 
 
 def _write_weights(
@@ -125,7 +187,7 @@ def _by_parameter(wanted: dict[str, Weight]) -> dict[tuple[str, ...], list[str]]
 
 
 def _reader(
-    saved: SavedWeights, advance: Callable[[int], None]
+    saved: Weights, advance: Callable[[int], None]
 ) -> Callable[[Weight], Iterator[np.ndarray]]:
     """A tensor's rows as a foreign file holds them: an embedding in pieces, all else whole."""
 

@@ -7,12 +7,13 @@ first use (`run`), and found again afterwards.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 
-from gemma_jax import runs, trained
+from gemma_jax import runs, trained, tuned
+from gemma_jax.data.conversations import Conversations
 from gemma_jax.data.loader import train_stream
 from gemma_jax.data.mixture import (
     Mixture,
@@ -33,10 +34,12 @@ from gemma_jax.hosts import first_alone, is_first
 from gemma_jax.model.config import ModelConfig, flops_per_token
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import check_types, to_json
-from gemma_jax.sharding import MeshConfig, make_layout
-from gemma_jax.training.loop import Job, LoopConfig, train
+from gemma_jax.sharding import Layout, MeshConfig, make_layout
+from gemma_jax.training.loop import Evaluate, Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
+from gemma_jax.tuning.lora import Lora, QLora
+from gemma_jax.tuning.sft import Sft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +49,22 @@ class Experiment:
     `tokens` and `batch_tokens` count label positions; steps follow from them. `data` is a corpus
     (built where it is not yet), the folder of a built one, or a mixture. A distillation run
     trains on its shards and is validated on `data`.
+
+    Weights begin at random, or with those of `init`: a run's folder, one of its checkpoints or an
+    imported model, whose settings `model` then defaults to. Tuning (`Sft`) reads `Conversations`,
+    and may count `epochs` over them in place of tokens. With an `adapter` the weights of `init`
+    stay as they are, and the run holds the adapter alone.
     """
 
     name: str
-    model: ModelConfig
-    data: Corpus | Mixture | str
-    objective: Xent | Distill = Xent()
+    model: ModelConfig = None  # type: ignore[assignment] # that of `init`
+    init: str | None = None
+    data: Corpus | Mixture | Conversations | str
+    objective: Xent | Distill | Sft = Xent()
+    adapter: Lora | QLora | None = None
     optimizer: AdamW | Muon = AdamW()
-    tokens: int
+    tokens: int | None = None
+    epochs: int | None = None
     batch_tokens: int
     seq_len: int
     seed: int = 0
@@ -62,8 +73,13 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        if self.model is None and isinstance(self.init, str):
+            object.__setattr__(self, "model", tuned.config_of(self.init))
         check_types(self)
-        require_positive(self, "tokens", "batch_tokens", "seq_len", "valid_tokens")
+        require_positive(self, "tokens", "epochs", "batch_tokens", "seq_len", "valid_tokens")
+        self._check_length()
+        if self.adapter is not None and self.init is None:
+            raise UserError("an adapter needs the weights that it is trained on; give init=RUN.")
         parts = Path(self.name).parts
         if not parts or Path(self.name).is_absolute() or ".." in parts:
             raise UserError(f"name='{self.name}' must name a folder inside {runs.RUNS}.")
@@ -80,7 +96,20 @@ class Experiment:
                 f"batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len} "
                 f"times train.microbatches={self.train.microbatches}."
             )
-        if self.tokens < self.batch_tokens:
+
+    def _check_length(self) -> None:
+        if isinstance(self.data, Conversations) != isinstance(self.objective, Sft):
+            raise UserError(
+                "objective=Sft(...) and data=Conversations(...) need each other; give both or "
+                "neither."
+            )
+        if (self.tokens is None) == (self.epochs is None):
+            raise UserError("give tokens, or with conversations epochs, and not both.")
+        if self.epochs is not None and not isinstance(self.data, Conversations):
+            raise UserError(
+                f"epochs={self.epochs} is for data=Conversations(...); give tokens instead."
+            )
+        if self.tokens is not None and self.tokens < self.batch_tokens:
             raise UserError(
                 f"tokens={self.tokens} is less than one batch of batch_tokens={self.batch_tokens}."
             )
@@ -90,8 +119,9 @@ class Experiment:
         return runs.RUNS / self.name
 
     @property
-    def num_steps(self) -> int:
-        return self.tokens // self.batch_tokens
+    def num_steps(self) -> int | None:
+        """None where `epochs` decide: then the data must be read first."""
+        return None if self.tokens is None else self.tokens // self.batch_tokens
 
     @property
     def batch_size(self) -> int:
@@ -132,8 +162,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
             "bits_per_byte": outcome.metrics["valid/bits_per_byte"],
             "loss": outcome.metrics["valid/loss"],
             "accuracy": outcome.metrics["valid/accuracy"],
-            "tokens": experiment.num_steps * experiment.batch_tokens,
-            "steps": experiment.num_steps,
+            "tokens": job.num_steps * experiment.batch_tokens,
+            "steps": job.num_steps,
             "best_step": outcome.best_step,
             "tokens_per_s": outcome.metrics.get("tokens_per_s"),
             "mfu": outcome.metrics.get("mfu"),
@@ -166,36 +196,102 @@ def build(experiment: Experiment) -> Job:
             "mesh."
         )
     _check_teacher(experiment)
-    sources = first_alone(lambda: open_sources(experiment.data))
-    tokenizer = next(iter(sources.values())).tokenizer
-    _check_vocabulary(experiment, tokenizer)
     model, config = Transformer(experiment.model), experiment.model
+    source = (_conversations if isinstance(experiment.data, Conversations) else _texts)(
+        experiment, model, layout
+    )
+    if experiment.init is not None:
+        tuned.check_init(experiment.init, config, source.tokenizer)
+    _check_vocabulary(experiment, source.tokenizer)
     if is_first():
-        runs.describe_model(experiment.folder, config, tokenizer)
+        runs.describe_model(experiment.folder, config, source.tokenizer)
     return Job(
         name=experiment.name,
         folder=experiment.folder,
         config=experiment.train,
         layout=layout,
-        init_params=lambda: model.init(jax.random.key(experiment.seed)),
-        axes=model.axes(),
+        **_weights(experiment, model, layout),
         objective=experiment.objective.build(model, softcap=config.final_softcap),
         optimizer=experiment.optimizer,
-        batches=_batches(experiment, sources, tokenizer, layout.own_rows(rows)),
+        batches=source.batches,
         batch_size=rows,
-        num_steps=experiment.num_steps,
+        num_steps=source.num_steps,
         tokens_per_step=experiment.batch_tokens,
         flops_per_token=flops_per_token(config, experiment.seq_len),
-        evaluate=make_evaluation(
-            model,
-            valid_sequences(sources.values(), experiment.seq_len, experiment.valid_tokens),
-            tokenizer.token_bytes(),
-            layout,
-            batch_size=rows,
-        ),
+        evaluate=source.evaluate,
         seed=experiment.seed,
         settings=to_json(experiment),
     )
+
+
+class _Source(NamedTuple):
+    """What a run reads, and how it is measured."""
+
+    tokenizer: Tokenizer
+    batches: grain.IterDataset
+    num_steps: int
+    evaluate: Evaluate
+
+
+def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
+    data, rows = experiment.data, layout.own_rows(experiment.batch_size)
+    assert not isinstance(data, Conversations)
+    sources = first_alone(lambda: open_sources(data))
+    tokenizer = next(iter(sources.values())).tokenizer
+    _check_vocabulary(experiment, tokenizer)
+    num_steps = experiment.num_steps
+    assert num_steps is not None
+    evaluate = make_evaluation(
+        model,
+        valid_sequences(sources.values(), experiment.seq_len, experiment.valid_tokens),
+        tokenizer.token_bytes(),
+        layout,
+        batch_size=experiment.batch_size,
+    )
+    return _Source(tokenizer, _batches(experiment, sources, tokenizer, rows), num_steps, evaluate)
+
+
+def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
+    data, objective = experiment.data, experiment.objective
+    assert isinstance(data, Conversations)
+    assert isinstance(objective, Sft)
+    tokenizer = tuned.tokenizer_of(data, experiment.init)
+    _check_vocabulary(experiment, tokenizer)
+    lessons = tuned.read_lessons(
+        data,
+        tokenizer,
+        seq_len=experiment.seq_len,
+        batch_size=experiment.batch_size,
+        num_steps=experiment.num_steps,
+        epochs=experiment.epochs,
+        seed=experiment.seed,
+    )
+    evaluate = tuned.make_lesson_evaluation(
+        model,
+        tokenizer,
+        lessons,
+        objective,
+        layout,
+        batch_size=experiment.batch_size,
+        valid_tokens=experiment.valid_tokens,
+    )
+    tuned.check_unchanged(experiment.folder, lessons.conversations)
+    batches = lessons.batches(experiment.batch_size, layout.own_rows(experiment.batch_size))
+    return _Source(tokenizer, batches, lessons.num_steps, evaluate)
+
+
+def _weights(experiment: Experiment, model: Transformer, layout: Layout) -> dict[str, Any]:
+    """The parts of a `Job` that say what is trained, and where it begins."""
+    init, adapter, seed = experiment.init, experiment.adapter, experiment.seed
+    if init is not None and adapter is not None:
+        return tuned.adapted_job(adapter, init, model, layout, experiment.folder, seed)
+    parts: dict[str, Any] = {
+        "init_params": lambda: model.init(jax.random.key(seed)),
+        "axes": model.axes(),
+    }
+    if init is not None:
+        parts["load_params"] = lambda shardings: tuned.load_params(init, model.config, shardings)
+    return parts
 
 
 def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) -> TeacherShards:
@@ -210,8 +306,9 @@ def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) ->
         folder = Path(job.teacher) if isinstance(job.teacher, str) else job.teacher.folder
         if isinstance(job.teacher, Experiment):
             own_data = job.teacher.data
-            for own in first_alone(lambda: open_sources(own_data)).values():
-                check_same_tokenizer(tokens, own.tokenizer, "the data of the teacher")
+            if not isinstance(own_data, Conversations):
+                for own in first_alone(lambda: open_sources(own_data)).values():
+                    check_same_tokenizer(tokens, own.tokenizer, "the data of the teacher")
             run(job.teacher)
         trained.note_lesson(job, job.teacher)
         trained.write_shards(job, folder, tokens, seq_len=seq_len, num_sequences=job.num_sequences)
@@ -266,7 +363,9 @@ def _check_teacher(experiment: Experiment) -> None:
 
 
 def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
-    if experiment.model.vocab_size != tokenizer.vocab_size:
+    own, needed = experiment.model.vocab_size, tokenizer.vocab_size
+    # A model from elsewhere may have more rows than its tokenizer has ids.
+    if own < needed or (own > needed and experiment.init is None):
         raise UserError(
             f"model.vocab_size={experiment.model.vocab_size}, but the tokenizer of the data has "
             f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}."
@@ -284,7 +383,8 @@ def _batches(
     if isinstance(experiment.objective, Distill):
         shards = prepare_shards(experiment.objective.shards, tokenizer)
         return shard_stream(shards, batch_size=size, seed=seed, rows=rows)
-    data = experiment.data
+    data, num_steps = experiment.data, experiment.num_steps
+    assert num_steps is not None
     whole = (Stage(until=1.0, weights={"data": 1.0}),)
     stages = data.stages if isinstance(data, Mixture) else whole
     return train_stream(
@@ -292,7 +392,7 @@ def _batches(
         stages,
         seq_len=experiment.seq_len,
         batch_size=size,
-        num_batches=experiment.num_steps,
+        num_batches=num_steps,
         seed=seed,
         rows=rows,
     )
@@ -302,7 +402,18 @@ def _batches(
 SETTINGS = {
     cls.__name__: cls
     for cls in (
-        *(AdamW, Corpus, Cosine, Distill, Experiment, LoopConfig, MeshConfig, Mixture, ModelConfig),
-        *(Muon, Stage, TeacherRun, TokenizerConfig, WarmupStableDecay, Xent),
+        *(AdamW, Conversations, Corpus, Cosine, Distill, Experiment, LoopConfig, Lora, MeshConfig),
+        *(
+            Mixture,
+            ModelConfig,
+            Muon,
+            QLora,
+            Sft,
+            Stage,
+            TeacherRun,
+            TokenizerConfig,
+            WarmupStableDecay,
+            Xent,
+        ),
     )
 }

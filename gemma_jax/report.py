@@ -84,10 +84,14 @@ def shards(manifest: Mapping[str, Any], folder: str | Path) -> str:
 
 def run(result: Mapping[str, Any], folder: str | Path) -> str:
     """The result of a training run."""
+    metrics = result.get("metrics") or {}
+    replies = ""
+    if "valid/exact_match" in metrics:
+        replies = f", {metrics['valid/exact_match']:.1%} of replies exact"
     return (
         f"{result['name']}: {result['bits_per_byte']:.4f} bits/byte, loss {result['loss']:.4f}, "
-        f"accuracy {result['accuracy']:.4f} on held-out text after {result['tokens']:,} tokens "
-        f"({result['tokens_per_s'] or 0:,.0f} tokens/s); see {folder}"
+        f"accuracy {result['accuracy']:.4f}{replies} on held-out text after "
+        f"{result['tokens']:,} tokens ({result['tokens_per_s'] or 0:,.0f} tokens/s); see {folder}"
     )
 
 

@@ -2,6 +2,8 @@
 
 experiment.json   the settings of the run, the commit and the versions that it ran with
 model.json        the model's settings
+adapter.json      of an adapter: its settings and its base; the checkpoints then hold it alone
+conversations.json  of a tuning run: how many conversations it learns from, and their hash
 tokenizer.model   the SentencePiece model of its data
 metrics.jsonl     a line a record; tensorboard/ holds the same
 checkpoints/N/    params, ema where kept, progress, data
@@ -22,6 +24,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_jax.adapted import FILE as ADAPTER
+from gemma_jax.adapted import (
+    MergedWeights,
+    check_base,
+    is_adapter,
+    load_adapter,
+    read_adapter,
+)
 from gemma_jax.data.token_set import MANIFEST_FILE
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
@@ -35,10 +45,11 @@ from gemma_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from gemma_jax.training.checkpoint import checkpoint_steps, load_params
 from gemma_jax.training.metrics import FILE as METRICS
 from gemma_jax.training.metrics import read_metrics
+from gemma_jax.training.weights import SavedWeights
 
 RUNS = Path("runs")
 EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
-TOKENIZER = "tokenizer.model"
+TOKENIZER, CONVERSATIONS = "tokenizer.model", "conversations.json"
 _PIECE_BYTES = 1 << 28  # of an array that processes put together for its hash
 LOCK = ".train.lock"  # another name than that of token sets, which may lie in the same folder
 
@@ -93,7 +104,8 @@ def _let_go(folder: Path) -> None:
     if checkpoint_steps(folder):
         return
     (folder / EXPERIMENT).unlink(missing_ok=True)
-    (folder / MODEL).unlink(missing_ok=True)
+    for name in (MODEL, ADAPTER, CONVERSATIONS):
+        (folder / name).unlink(missing_ok=True)
     if not (folder / MANIFEST_FILE).exists():  # then it is the tokenizer of a token set
         (folder / TOKENIZER).unlink(missing_ok=True)
     if not read_metrics(folder):
@@ -193,8 +205,8 @@ def load_model(
     Weights are the average where the run kept one. They go where `layout` says, or to the first
     device of this process. `compute_dtype` ("float32", "bfloat16") takes the place of the model's.
     """
-    folder, step = run_and_step(folder)
-    config = read_config(folder / MODEL)
+    run, _ = run_and_step(folder)
+    config = read_config(run / MODEL)
     if compute_dtype is not None:
         config = override(config, {"compute_dtype": compute_dtype})
     model = Transformer(config)
@@ -209,8 +221,55 @@ def load_model(
         shapes,
         shardings,
     )
-    params = load_params(folder, like, step)
-    return LoadedModel(model, params, Tokenizer.load(folder / TOKENIZER))
+    params = load_weights(folder, config, like)
+    return LoadedModel(model, params, Tokenizer.load(run / TOKENIZER))
+
+
+def load_weights(folder: str | Path, config: ModelConfig, like: Any) -> Any:
+    """The float32 parameters of a run folder or checkpoint, laid out as `like`; of an adapter's
+    those of its base with the update added."""
+    run, step = run_and_step(folder)
+    if not is_adapter(run):
+        return load_params(run, like, step)
+    weights = open_weights(folder, config)
+
+    def load(keys: tuple, wanted: Any) -> jax.Array:
+        path = tuple(key.key for key in keys)
+        value = weights.read(path, None, 0, wanted.shape[0])
+        if value.shape != wanted.shape:
+            raise UserError(f"{folder} is a run of another model; use its settings.")
+        return put(value, wanted.sharding)
+
+    return jax.tree.map_with_path(load, like)
+
+
+def open_weights(folder: str | Path, config: ModelConfig) -> SavedWeights | MergedWeights:
+    """The same weights, to be read a part at a time."""
+    run, step = run_and_step(folder)
+    if not is_adapter(run):
+        return SavedWeights(run, step)
+    adapter, model = read_adapter(run), Transformer(config)
+    base = open_base(adapter.base)
+    check_base(adapter, base, model)
+    return MergedWeights(
+        base, adapter.settings, load_adapter(run, step, adapter.settings, model), model
+    )
+
+
+def open_base(folder: str | Path) -> SavedWeights:
+    """The weights that an adapter is trained on; refuses those of another adapter."""
+    run, step = run_and_step(folder)
+    if is_adapter(run):
+        raise UserError(
+            f"{run} holds an adapter, which is no base for another; merge it first (export, then "
+            "import), or name its base."
+        )
+    return SavedWeights(run, step)
+
+
+def put(value: np.ndarray, sharding: Any) -> jax.Array:
+    """A host's array on the devices of a sharding."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def run_and_step(folder: str | Path) -> tuple[Path, int | None]:

@@ -241,6 +241,8 @@ def to_json(settings: Any) -> Any:
         return {str(key): to_json(value) for key, value in settings.items()}
     if isinstance(settings, (tuple, list)):
         return [to_json(value) for value in settings]
+    if callable(settings):
+        return f"function {getattr(settings, '__qualname__', type(settings).__name__)}"
     return settings
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gemma_jax import runs
+from gemma_jax import adapted, runs
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.training.weights import WeightsWriter
+from gemma_jax.tuning.lora import Lora, init_adapter
 
 TOKENIZER = Path(__file__).parent / "goldens" / "tokenizer_tiny.model"
 VOCAB = 640
@@ -49,3 +50,19 @@ def logits_of(run: Path, tokens: list[list[int]]) -> list[np.ndarray]:
     loaded = runs.load_model(run)
     forward = jax.jit(lambda p, t: loaded.model.logits(p, loaded.model.hidden(p, t))[0])
     return [np.asarray(forward(loaded.params, np.array([ids], np.int32))) for ids in tokens]
+
+
+def make_adapter(folder: Path, base: Path, settings: Lora, *, seed: int = 1) -> Path:
+    """A run folder that holds a random adapter on `base`, far from zero."""
+    model = Transformer(runs.read_config(base / runs.MODEL))
+    like = jax.eval_shape(
+        lambda: init_adapter(settings, model.axes(), model.shapes(), jax.random.key(0))
+    )
+    writer, rng = WeightsWriter(folder, like), np.random.default_rng(seed)
+    for path, leaf in jax.tree.leaves_with_path(like):
+        value = rng.standard_normal(leaf.shape).astype(np.float32) * 0.05
+        writer.write(tuple(key.key for key in path), 0, leaf.shape[0], value)
+    runs.describe_model(folder, model.config, Tokenizer.load(TOKENIZER))
+    known = adapted.weights_hash(runs.open_base(base), model.shapes())
+    adapted.write_adapter(folder, adapted.Adapter(settings, str(base), known))
+    return folder

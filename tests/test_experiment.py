@@ -313,7 +313,7 @@ def test_every_experiment_file_fits_eight_devices(path, folder):
         to_json(one)
         layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
         model = Transformer(one.model)
-        optimizer = one.optimizer.build(model.axes(), one.num_steps)
+        optimizer = one.optimizer.build(model.axes(), one.num_steps or 100)
         shape = (one.batch_size, one.seq_len)
         batch = {
             name: jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -7,16 +7,20 @@
 
 A system text goes in front of the first user turn's. Only the format itself gives control pieces:
 their names inside of a message stay text, whereas transformers, which writes the conversation out
-as one string by CHAT_TEMPLATE, turns them into control pieces.
+as one string by its chat template, turns them into control pieces.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
 
-# The same format for transformers and llama.cpp, in Jinja. Texts may come as lists of parts.
-CHAT_TEMPLATE = """\
+# The same format in Jinja. Texts may come as lists of parts. The tag `generation`, which is
+# transformers' own, marks what `mark_chat` does: the model's text and the <end_of_turn> after it,
+# not the newline behind.
+MARKED_CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
         {{- content -}}
@@ -42,13 +46,23 @@ CHAT_TEMPLATE = """\
     {%- if loop.first -%}
         {{- prefix -}}
     {%- endif -%}
-    {{- text(turn['content']) | trim -}}
-    {{- '<end_of_turn>\\n' -}}
+    {%- if role == 'model' -%}
+        {%- generation -%}
+            {{- text(turn['content']) | trim -}}
+            {{- '<end_of_turn>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- text(turn['content']) | trim -}}
+        {{- '<end_of_turn>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<start_of_turn>model\\n' -}}
 {%- endif -%}
 """
+# For programs whose Jinja knows no such tag.
+CHAT_TEMPLATE = re.sub(r" *\{%- (end)?generation -%\}\n", "", MARKED_CHAT_TEMPLATE)
 
 
 def encode_chat(
@@ -153,8 +167,24 @@ def _read(message: Mapping[str, str], number: int) -> tuple[str, str]:
         raise UserError(
             f"message {number} has the role {role!r}; use system, user, assistant or model."
         )
-    if not isinstance(content, str):
+    text = text_of(content)
+    if text is None:
         raise UserError(
-            f"message {number} has a content of type {type(content).__name__}; give it as a string."
+            f"message {number} has a content of type {type(content).__name__}; give it as a "
+            "string, or a list of parts of the type text."
         )
-    return "model" if role == "assistant" else role, content
+    return "model" if role == "assistant" else role, text
+
+
+def text_of(content: Any) -> str | None:
+    """The text of a message's content, a string or parts of the type text; None for anything else.
+
+    Parts are written one behind the other.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        return None
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(content) else None

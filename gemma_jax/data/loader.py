@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from gemma_jax.data.mixture import Stage
+from gemma_jax.data.packed_conversations import PackedConversations
 from gemma_jax.data.packing import Batch, PackedStream, check_seq_len
 from gemma_jax.data.token_set import TokenSet
 from gemma_jax.errors import UserError
@@ -148,6 +149,42 @@ def train_stream(
         batch_size,
         num_batches,
     )
+    return grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    )
+
+
+class _ConversationBatches:
+    """Batches of packed conversations by number, some rows of them."""
+
+    def __init__(
+        self, packed: PackedConversations, rows: list[int], size: int, count: int, limit: int | None
+    ):
+        self._packed, self._rows, self._size = packed, rows, size
+        self._count, self._limit = count, limit
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Batch:
+        first = int(number) * self._size
+        return self._packed.read([first + row for row in self._rows], self._limit)
+
+
+def conversation_stream(
+    packed: PackedConversations,
+    *,
+    batch_size: int,
+    num_batches: int,
+    limit: int | None = None,
+    rows: Sequence[int] | None = None,
+) -> grain.IterDataset:
+    """The training batches, or some rows of them, as `train_stream` gives them.
+
+    Sequence r of batch i is the sequence iB + r of `packed`; those from `limit` on are padding.
+    """
+    own = checked_rows(batch_size, rows)
+    batches = _ConversationBatches(packed, own, batch_size, num_batches, limit)
     return grain.MapDataset.source(batches).to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     )

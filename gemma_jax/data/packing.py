@@ -18,7 +18,7 @@ from gemma_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-_FIELDS = {
+FIELDS = {
     "tokens": np.int32,
     "labels": np.int32,
     "segment_ids": np.int32,
@@ -65,7 +65,7 @@ class PackedStream:
     def read(self, numbers: Sequence[int], limit: int | None = None) -> Batch:
         """The sequences `numbers` as arrays [n, T]; pairs from `limit` on are left as padding."""
         T = self.seq_len
-        batch = {name: np.zeros((len(numbers), T), kind) for name, kind in _FIELDS.items()}
+        batch = {name: np.zeros((len(numbers), T), kind) for name, kind in FIELDS.items()}
         spans = []  # (row, column, segment, offset in the document, length)
         wanted: list[np.ndarray] = []
         for row, number in enumerate(numbers):

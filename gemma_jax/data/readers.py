@@ -114,7 +114,8 @@ def text_blocks(name: str) -> Iterator[str]:
 _RENAME = "give the right name as --text-field, or as text_field of a Corpus"
 
 
-def json_texts(name: str, text_field: str) -> Iterator[str]:
+def json_rows(name: str) -> Iterator[tuple[str, Any]]:
+    """("FILE line N", value) of each line of JSON lines that is not blank."""
     with reading(name), _open(name) as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
@@ -136,13 +137,16 @@ def json_texts(name: str, text_field: str) -> Iterator[str]:
                     f"{place} holds a number of thousands of digits, or is nested too deeply; "
                     "mend or remove it."
                 ) from None
-            text = row.get(text_field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise UserError(
-                    f'{place} has no text under "{text_field}" (it has: {has}); {_RENAME}.'
-                )
-            yield from _checked([text], place)
+            yield place, row
+
+
+def json_texts(name: str, text_field: str) -> Iterator[str]:
+    for place, row in json_rows(name):
+        text = row.get(text_field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f'{place} has no text under "{text_field}" (it has: {has}); {_RENAME}.')
+        yield from _checked([text], place)
 
 
 def parquet_texts(name: str, text_field: str) -> Iterator[str]:

@@ -127,13 +127,13 @@ def _prepare(corpus: Corpus, folder: Path, parts: list[Part]) -> dict[str, Any]:
         "description": description,
         "sources": [part.identity() for part in parts],
         **survey,
-        "valid_below": _threshold(np.unique(np.array(hashes)), corpus.valid_fraction),
+        "valid_below": held_out_below(np.unique(np.array(hashes)), corpus.valid_fraction),
     }
     files.write_json(folder / _STATE_FILE, state)
     return state
 
 
-def _threshold(hashes: np.ndarray, fraction: float) -> int:
+def held_out_below(hashes: np.ndarray, fraction: float) -> int:
     """Documents with a hash below it are held out.
 
     It is `fraction` of all hashes, so that a document falls to the same side in every corpus; or

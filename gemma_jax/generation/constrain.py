@@ -8,8 +8,6 @@ step is spent on them.
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.generation.decode import Generator, State, check_request

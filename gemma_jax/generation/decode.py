@@ -17,6 +17,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.generation.sampling import Sampling, penalise, sample
 from gemma_jax.model.cache import Cache, init_cache
 from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.matrix import select_rows
 from gemma_jax.model.transformer import Transformer, unrolled
 from gemma_jax.sharding import Layout, active, current_layout, pin
 
@@ -51,6 +52,7 @@ class State(NamedTuple):
     done: Any  # bool [B]
     keys: Any  # [B]
     seen: Any  # bool [B, V], or None
+    adapters: Any = None  # int32 [B]: which variant of its matrices each row asks for, or None
 
 
 class Generator:
@@ -72,17 +74,22 @@ class Generator:
         capacity: int,
         seeds: Sequence[int],
         sampling: Sampling,
+        adapters: Sequence[int] | None = None,
     ) -> State:
-        """Reads the prompts into a fresh cache of at least `capacity` tokens."""
+        """Reads the prompts into a fresh cache of at least `capacity` tokens.
+
+        `adapters` are numbers, one a prompt, where the parameters hold several of them.
+        """
         B = 1 << (len(prompts) - 1).bit_length()
         config = self.model.config
         lengths = np.zeros(B, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        all_seeds = np.array([*seeds, *[0] * (B - len(prompts))], np.uint32)
+        all_seeds = np.array(_filled(seeds, B), np.uint32)
         slots = min(_bucket(capacity), config.max_seq_len)
         penalised = sampling.repetition_penalty is not None
+        own = None if adapters is None else np.array(_filled(adapters, B), np.int32)
         with active(self._layout):
-            state = _empty(config, slots, penalised, all_seeds, lengths == 0)
+            state = _empty(config, slots, penalised, all_seeds, lengths == 0, own)
         return self.extend(state, prompts)
 
     def extend(self, state: State, prompts: Sequence[Sequence[int]]) -> State:
@@ -109,7 +116,8 @@ class Generator:
 
         `allowed` is uint32 [B, V / 32], rounded up: bit j of word i stands for token 32 i + j.
         """
-        token, logprob = _choose(self.model, sampling, self.params, state, allowed)
+        with active(self._layout):
+            token, logprob = _choose(self.model, sampling, self.params, state, allowed)
         return np.asarray(token), np.asarray(logprob)
 
     def advance(
@@ -137,6 +145,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
         stride: int = 8,
+        adapters: Sequence[int] | None = None,
     ) -> abc.Generator[tuple[np.ndarray, np.ndarray], list[int] | None]:
         """(tokens, logprobs) [B, n] as they come, `stride` steps at a time; -1 in rows done.
 
@@ -144,7 +153,13 @@ class Generator:
         """
         sampling = sampling or Sampling()
         longest, own = check_request(self.model, prompts, max_new_tokens, seeds)
-        state = self.begin(prompts, capacity=longest + max_new_tokens, seeds=own, sampling=sampling)
+        state = self.begin(
+            prompts,
+            capacity=longest + max_new_tokens,
+            seeds=own,
+            sampling=sampling,
+            adapters=adapters,
+        )
         left = max_new_tokens
         # Who takes parts wants the first token at once; the program is that of a whole stride.
         steps = 1 if stride < max_new_tokens else max_new_tokens
@@ -233,7 +248,9 @@ def _bucket(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(config: ModelConfig, slots: int, penalised: bool, seeds: Any, done: Any) -> State:
+def _empty(
+    config: ModelConfig, slots: int, penalised: bool, seeds: Any, done: Any, adapters: Any
+) -> State:
     B = seeds.shape[0]
     return State(
         init_cache(config, B, slots),
@@ -242,7 +259,16 @@ def _empty(config: ModelConfig, slots: int, penalised: bool, seeds: Any, done: A
         pin(done),
         jax.vmap(jax.random.key)(seeds),
         jnp.zeros((B, config.vocab_size), bool) if penalised else None,
+        adapters,
     )
+
+
+def _filled(values: Sequence[int], rows: int) -> list[int]:
+    return [*values, *[0] * (rows - len(values))]
+
+
+def _chosen(params: Any, state: State) -> Any:
+    return params if state.adapters is None else select_rows(params, state.adapters)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -250,6 +276,7 @@ def _feed(
     model: Transformer, fresh: bool, params: Any, state: State, tokens: Any, valid: Any
 ) -> State:
     B, T = tokens.shape
+    params = _chosen(params, state)
     places = state.length[:, None] + jnp.arange(T, dtype=jnp.int32)
     hidden, cache = model.extend(params, tokens, places, valid, state.cache, fresh=fresh)
     count = valid.sum(axis=1, dtype=jnp.int32)
@@ -309,6 +336,7 @@ def _draw(
     limit: Any,
 ) -> tuple[State, Any, Any, Any]:
     B = state.length.shape[0]
+    params = _chosen(params, state)
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
     rows = jnp.arange(B, dtype=jnp.int32)
 
@@ -331,6 +359,7 @@ def _draw(
             state.done | (token[:, None] == stops).any(-1),
             state.keys,
             seen,
+            state.adapters,
         )
         return _Loop(
             state,

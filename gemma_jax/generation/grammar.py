@@ -47,11 +47,11 @@ def json_schema(schema: dict[str, Any] | bool | str) -> Grammar:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise UserError(f"the schema is not valid JSON: {error}; mend it.") from None
-    if not isinstance(schema, dict | bool):
-        raise UserError(
-            f"the schema is {json.dumps(schema)[:60]}; a schema is an object, true or false."
-        )
-    text = json.dumps(schema)
+    if schema is False:
+        raise UserError("the schema is false, which no value meets; give another.")
+    if schema is not True and not isinstance(schema, dict):
+        raise UserError(f"the schema is {json.dumps(schema)[:60]}; a schema is an object or true.")
+    text = json.dumps({} if schema is True else schema)
     compiled = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_LAYOUT)  # type: ignore[arg-type]
     return Grammar("schema", compiled)
 

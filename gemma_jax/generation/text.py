@@ -100,12 +100,14 @@ def write_texts(
     seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     batch_tokens: int = 8192,
+    adapters: Sequence[int] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[TextCompletion]:
     """The completion of each prompt, in their order.
 
     A prompt's result depends on its ids and its seed (0, 1, ... by default) alone. `stop` are texts
     that end a completion. `batch_tokens` bounds prompts and completions of a batch together.
+    `adapters` are numbers, one a prompt, where the generator holds several.
     """
     _, own = check_request(generator.model, prompts, max_new_tokens, seeds)
     results: list[TextCompletion | None] = [None] * len(prompts)
@@ -118,6 +120,7 @@ def write_texts(
             seeds=[own[i] for i in batch],
             stop_ids=STOP_IDS,
             stride=STRIDE if stop else max_new_tokens,
+            adapters=None if adapters is None else [adapters[i] for i in batch],
         )
         ended: list[int] | None = None
         while True:

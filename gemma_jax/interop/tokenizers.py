@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax import files
-from gemma_jax.data.chat import CHAT_TEMPLATE, has_turn_pieces
+from gemma_jax.data.chat import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, has_turn_pieces
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, MODEL_FILE, PAD, SPACE, UNK, Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.interop import tokenizer_json
@@ -154,7 +154,7 @@ def _tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
         "model_max_length": context,
     }
     if has_turn_pieces(tokenizer):
-        config["chat_template"] = CHAT_TEMPLATE
+        config["chat_template"] = MARKED_CHAT_TEMPLATE
     return config
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gemma_jax.model.cache import EMPTY, LayerCache, cache_axes, write
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import RMSNorm, kernel, rope
+from gemma_jax.model.matrix import multiply
 from gemma_jax.ops.attention import attention
 from gemma_jax.ops.masks import MaskSpec
 from gemma_jax.sharding import current_layout, pin, split_batch
@@ -46,9 +47,9 @@ class Attention(nn.Module):
         w_v = kernel(self, "value", (D, K, H), ("embed", "kv_heads", "head_dim"), D)
         w_o = kernel(self, "output", (N, H, D), ("heads", "head_dim", "embed"), N * H)
 
-        q = jnp.einsum("BTD,DNH->BTNH", x, w_q)
-        k = jnp.einsum("BTD,DKH->BTKH", x, w_k)
-        v = jnp.einsum("BTD,DKH->BTKH", x, w_v)
+        q = multiply(x, w_q)
+        k = multiply(x, w_k)
+        v = multiply(x, w_v)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, "head_dim", name="query_norm")(q)
             k = RMSNorm(c.norm_eps, "head_dim", name="key_norm")(k)
@@ -67,7 +68,7 @@ class Attention(nn.Module):
             k, v, spec, cache = _extend(cache, k, v, place, window)
             q = _meets(q, k)
         out = attention(q, k, v, spec, softcap=c.attn_softcap, backend=c.attn_backend)
-        return jnp.einsum("BTNH,NHD->BTD", out, w_o), cache
+        return multiply(out, w_o, inputs=2), cache
 
 
 def _valid(place: Place) -> Bool[Array, "B T"]:

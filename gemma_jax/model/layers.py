@@ -9,15 +9,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.matrix import Matrix, multiply
 from gemma_jax.sharding import gather_parameter
 
 
-def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, fan_in: int) -> Array:
+def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, fan_in: int) -> Any:
     """A float32 matrix parameter, truncated normal with variance 1 / fan_in, in compute dtype.
 
     `axes` are its logical axes: the rules lay it out by them, and gather what is split for storage.
+    An array, or the `Matrix` that the parameters hold in its place.
     """
     config: ModelConfig = module.config
+    own: Any = module.get_variable("params", name)
+    if isinstance(own, Matrix):
+        return own.astype(config.compute_dtype)
     init = nn.initializers.truncated_normal(stddev=fan_in**-0.5)
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return gather_parameter(value.astype(config.compute_dtype), axes)
@@ -80,10 +85,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         D, F = self.config.embed_dim, self.config.mlp_dim
-        gate = x @ kernel(self, "gate", (D, F), ("embed", "mlp"), D)
-        up = x @ kernel(self, "up", (D, F), ("embed", "mlp"), D)
+        gate = multiply(x, kernel(self, "gate", (D, F), ("embed", "mlp"), D))
+        up = multiply(x, kernel(self, "up", (D, F), ("embed", "mlp"), D))
         hidden = _geglu(gate, up)
-        return hidden @ kernel(self, "down", (F, D), ("mlp", "embed"), F)
+        return multiply(hidden, kernel(self, "down", (F, D), ("mlp", "embed"), F))
 
 
 @jax.checkpoint

@@ -19,7 +19,7 @@ from gemma_jax.model.attention import Attention, Place
 from gemma_jax.model.cache import Cache, LayerCache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import MLP, RMSNorm
-from gemma_jax.ops.table import lookup
+from gemma_jax.model.matrix import Matrix, as_array, lookup, scores
 from gemma_jax.sharding import pin, split_batch
 
 type Params = Any
@@ -85,8 +85,11 @@ class Embedding(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
+    def __call__(self) -> Any:
         c = self.config
+        own: Any = self.get_variable("params", "embedding")
+        if isinstance(own, Matrix):
+            return own
         # With the lookup's factor sqrt(D), tokens enter the first block with variance 1.
         init: Any = nn.initializers.normal(stddev=c.embed_dim**-0.5)
         init = nn.with_logical_partitioning(init, ("vocab", "embed"))
@@ -186,6 +189,9 @@ class Transformer:
         return outcome
 
     def output_embedding(self, params: Params) -> Float[Array, "V D"]:
+        return as_array(self._output_table(params))
+
+    def _output_table(self, params: Params) -> Any:
         return params["embedder" if self.config.tied_embedding else "head"]["embedding"]
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -193,9 +199,7 @@ class Transformer:
 
         Among devices each gets all scores of its rows.
         """
-        table = self.output_embedding(params).astype(hidden.dtype)
-        z = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
-        z = pin(z, "batch")
+        z = pin(scores(hidden, self._output_table(params)), "batch")
         cap = self.config.final_softcap
         return z if cap is None else cap * jnp.tanh(z / cap)
 

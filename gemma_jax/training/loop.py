@@ -23,7 +23,14 @@ from gemma_jax.training.checkpoint import BEST_METRIC, Checkpoints
 from gemma_jax.training.metrics import MetricsLog, median, peak_flops, read_metrics
 from gemma_jax.training.objective import Objective
 from gemma_jax.training.optim import Optimizer
-from gemma_jax.training.step import TrainState, init_state, make_step, state_shardings
+from gemma_jax.training.step import (
+    Join,
+    TrainState,
+    everything,
+    init_state,
+    make_step,
+    state_shardings,
+)
 
 type Evaluate = Callable[[Any], dict[str, float]]
 
@@ -51,7 +58,13 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run, with all its parts in hand. `batches` yields this host's rows of each batch."""
+    """One run, with all its parts in hand.
+
+    `init_params` are the parameters that are trained, in shape and, unless `load_params` gives
+    others for their shardings, in value. `load_frozen` gives those that are not trained, and `join`
+    makes the model's of both; `axes` are of the trained ones. `batches` yields this host's rows of
+    each batch.
+    """
 
     name: str
     folder: Path
@@ -69,6 +82,9 @@ class Job:
     evaluate: Evaluate
     seed: int = 0
     settings: Any = None  # what W&B is told of the run, as JSON
+    load_params: Callable[[Any], Any] | None = None
+    load_frozen: Callable[[], Any] = lambda: None
+    join: Join = everything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +106,10 @@ def train(job: Job) -> Trained:
         optimizer = job.optimizer.build(job.axes, job.num_steps)
         ema = job.config.ema_decay is not None
 
-        def fresh() -> TrainState:
-            return init_state(job.init_params(), optimizer, ema=ema)
+        def begin(params: Any) -> TrainState:
+            return init_state(params, optimizer, ema=ema)
 
-        shapes = jax.eval_shape(fresh)
+        shapes = jax.eval_shape(lambda: begin(job.init_params()))
         shardings = state_shardings(job.layout, job.axes, shapes)
         checkpoints = Checkpoints(
             job.folder, keep_last=job.config.keep_last, keep_best=job.config.keep_best
@@ -108,13 +124,18 @@ def train(job: Job) -> Trained:
             state = checkpoints.restore(start, like, batches)
             if start < job.num_steps and jax.process_index() == 0:
                 print(f"{job.name}: going on from step {start}", file=sys.stderr)
+        elif job.load_params is not None:
+            own = job.load_params(shardings.params)
+            state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(own)
         else:
-            state = jax.jit(fresh, out_shardings=shardings)()
+            state = jax.jit(lambda: begin(job.init_params()), out_shardings=shardings)()
 
+        frozen = job.load_frozen()
         step = jax.jit(
             make_step(
                 job.objective,
                 optimizer,
+                join=job.join,
                 microbatches=job.config.microbatches,
                 ema_decay=job.config.ema_decay,
                 seed=job.seed,
@@ -129,9 +150,9 @@ def train(job: Job) -> Trained:
             log = MetricsLog(job.folder, start, job.config.wandb_project, job.name, job.settings)
             stack.callback(log.close)
             if start < job.num_steps:
-                state = _run(job, state, start, batches, step, checkpoints, log)
+                state = _run(job, state, frozen, start, batches, step, checkpoints, log)
             else:  # the weights outlived the last line
-                log.write(start, _validated(job, state))
+                log.write(start, _validated(job, state, frozen))
         records = read_metrics(job.folder)
         metrics, best = _summary(records), checkpoints.best_step()
         return Trained(state.ema if ema else state.params, metrics, best)
@@ -140,6 +161,7 @@ def train(job: Job) -> Trained:
 def _run(
     job: Job,
     state: TrainState,
+    frozen: Any,
     start: int,
     batches: grain.DatasetIterator,
     step: Callable,
@@ -155,7 +177,7 @@ def _run(
     ):
         for done in range(start + 1, job.num_steps + 1):
             batch = clock.wait_for(batches)
-            state, metrics = step(state, job.layout.place(batch, job.batch_size))
+            state, metrics = step(state, job.layout.place(batch, job.batch_size), frozen)
             last = done == job.num_steps
             clock.step_done(metrics)
 
@@ -165,7 +187,7 @@ def _run(
                 values["learning_rate"] = float(schedule(done - 1))
                 values |= clock.speed()
             if done % config.eval_every == 0 or last:
-                values |= _validated(job, state)
+                values |= _validated(job, state, frozen)
                 clock.restart()
             if values:
                 log.write(done, values)
@@ -187,9 +209,10 @@ def _run(
     return state
 
 
-def _validated(job: Job, state: TrainState) -> dict[str, float | None]:
+def _validated(job: Job, state: TrainState, frozen: Any) -> dict[str, float | None]:
     """The held-out numbers of the weights, of their average where one is kept."""
-    params = state.params if job.config.ema_decay is None else state.ema
+    trained = state.params if job.config.ema_decay is None else state.ema
+    params = job.join(trained, frozen, None)
     return {f"valid/{name}": value for name, value in job.evaluate(params).items()}
 
 

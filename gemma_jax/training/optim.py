@@ -158,16 +158,18 @@ def kind(axes: Axes) -> Kind:
 def matrix_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
     """Which axes a matrix sums over and which it produces, None for what is no matrix.
 
-    Every matrix of the model maps from or to the embedding axis; all other axes but the stacked
-    layers belong to its other side (heads x head_dim is one side).
+    Every matrix of the model maps from or to the embedding axis, every factor of a low-rank update
+    from or to its rank, which has no name; all other axes but the stacked layers belong to its
+    other side (heads x head_dim is one side).
     """
     if kind(axes) != "matrix":
         return None
-    embed = axes.index("embed")
-    others = tuple(i for i, name in enumerate(axes) if name not in ("embed", "layers"))
-    if embed < min(others):
-        return MuonDimensionNumbers((embed,), others)
-    return MuonDimensionNumbers(others, (embed,))
+    side = None if None in axes else "embed"
+    own = axes.index(side)
+    others = tuple(i for i, name in enumerate(axes) if name not in (side, "layers"))
+    if own < min(others):
+        return MuonDimensionNumbers((own,), others)
+    return MuonDimensionNumbers(others, (own,))
 
 
 def _map_axes(fn: Any, axes: Any) -> Any:

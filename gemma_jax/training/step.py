@@ -12,7 +12,9 @@ from gemma_jax.sharding import Layout
 from gemma_jax.training.objective import Batch, Objective, Sums
 
 type Metrics = dict[str, jax.Array]
-type Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+type Step = Callable[["TrainState", Batch, Any], tuple["TrainState", Metrics]]
+# (what is trained, what is not, a key for dropout or None) -> the parameters of the model
+type Join = Callable[[Any, Any, jax.Array | None], Any]
 
 
 class TrainState(NamedTuple):
@@ -46,32 +48,42 @@ def state_shardings(layout: Layout, axes: Any, state: TrainState) -> Any:
     return TrainState(whole, params, opt_state, None if state.ema is None else params)
 
 
+def everything(trained: Any, frozen: Any, rng: jax.Array | None) -> Any:
+    """The `Join` of a run that trains all parameters."""
+    return trained
+
+
 def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
+    join: Join = everything,
     microbatches: int = 1,
     ema_decay: float | None = None,
     seed: int = 0,
     shardings: Any = None,
 ) -> Step:
-    """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """`step(state, batch, frozen) -> (state, metrics)`, to be jitted with the state donated.
 
+    The objective sees the parameters that `join` makes of the state's and of `frozen`.
     The gradient is that of the mean loss over the batch's weight, however many microbatches it is
     computed in. Random numbers depend on the seed and the step alone. `shardings` of the parameters
     are those of the gradients too, also while they are summed. Metrics are float32 scalars: the
     objective's means, `grad_norm`, `param_norm` and `update_norm`.
     """
 
+    def loss(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
+        return objective(join(trained, frozen, rng), batch, rng)
+
     def value_and_grad(*arguments: Any) -> tuple[tuple[jax.Array, Sums], Any]:
-        value, grads = jax.value_and_grad(objective, has_aux=True)(*arguments)
+        value, grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
         if shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, shardings)
         return value, grads
 
-    def gradients(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
+    def gradients(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
         if microbatches == 1:
-            (_, sums), grads = value_and_grad(params, batch, rng)
+            (_, sums), grads = value_and_grad(params, frozen, batch, rng)
             return grads, sums
 
         # Microbatch i takes rows i, i + k, ...: each device keeps its own rows.
@@ -80,20 +92,20 @@ def make_step(
             return jnp.moveaxis(x.reshape(rows, microbatches, *x.shape[1:]), 1, 0)
 
         def add(carry: tuple, part: tuple) -> tuple:
-            (_, sums), grads = value_and_grad(params, *part)
+            (_, sums), grads = value_and_grad(params, frozen, *part)
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
         parts = (jax.tree.map(split, batch), jax.random.split(rng, microbatches))
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda *part: value_and_grad(params, *part), *first)
+        shapes = jax.eval_shape(lambda *part: value_and_grad(params, frozen, *part), *first)
         (_, sums), grads = shapes
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
         (grads, sums), _ = jax.lax.scan(add, zeros, parts)
         return grads, sums
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = gradients(state.params, batch, rng)
+        grads, sums = gradients(state.params, frozen, batch, rng)
         weight = jnp.maximum(sums["loss"][1], 1.0)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer and float scalars

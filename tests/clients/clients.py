@@ -14,8 +14,11 @@ ENVIRONMENTS = FOLDER.parents[1] / ".venv-clients"
 VERSIONS: dict[str, str] = {}  # of the clients that ran
 
 
-def run(client: str, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Hands `jobs` to run_CLIENT.py, which writes into the jobs' own folders.
+def run(
+    client: str, jobs: list[dict[str, Any]], folder: Path, script_name: str | None = None
+) -> None:
+    """Hands `jobs` to run_CLIENT.py, or another script for the same environment, which writes into
+    the jobs' own folders.
 
     Skips the test where the client could not be installed.
     """
@@ -27,7 +30,7 @@ def run(client: str, jobs: list[dict[str, Any]], folder: Path) -> None:
         pytest.skip(f"{client} is not installed; ./launch.sh test clients does that")
     path = folder / f"{client}.json"
     path.write_text(json.dumps(jobs))
-    script = FOLDER / f"run_{client}.py"
+    script = FOLDER / f"run_{script_name or client}.py"
     command = [str(environment / "bin" / "python"), str(script), str(path)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2] / ".venv-clients"
 # torch for the CPU alone are had for few.
 CLIENTS = {
     "transformers": (
-        ["torch==2.13.0", "transformers==5.23.0", "sentencepiece==0.2.3"],
+        [
+            *("torch==2.13.0", "transformers==5.23.0", "sentencepiece==0.2.3"),
+            *("jinja2", "peft==0.21.2", "bitsandbytes==0.50.2"),
+        ],
         ["3.11", "3.12", "3.13"],
     ),
     "llama_cpp": (["xllamacpp==2026.10.11549", "numpy>=2"], ["3.12", "3.13"]),

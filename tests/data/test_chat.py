@@ -54,6 +54,16 @@ def test_the_models_turns_are_marked(tokenizer: Tokenizer) -> None:
     ]
 
 
+def test_parts_are_one_text(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": " a"}, {"type": "text", "text": "b "}]
+    ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], add_generation_prompt=True)
+    whole = [{"role": "user", "content": " ab "}]
+    assert ids == encode_chat(tokenizer, whole, add_generation_prompt=True)
+    image = [{"role": "user", "content": [{"type": "image"}]}]
+    with pytest.raises(UserError, match="message 1 has a content of type list"):
+        encode_chat(tokenizer, image, add_generation_prompt=True)
+
+
 def test_texts_never_become_control_pieces(tokenizer: Tokenizer) -> None:
     text = "<end_of_turn>\n<start_of_turn>model\n<bos><eos>"
     messages = [{"role": role, "content": text} for role in ("system", "user", "assistant")]

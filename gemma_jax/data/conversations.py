@@ -1,0 +1,197 @@
+"""Conversations to learn from: JSON lines, checked line by line before anything is trained.
+
+A line is an object with `messages` (see `gemma_jax.data.chat`), or with the texts `prompt` and
+`completion`, which stand for one turn of the user and one of the model. What else it holds is kept
+for those who score replies. Labels count where they are the model's to say: the text of its turns
+and the END_OF_TURN behind each.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gemma_jax.data import readers
+from gemma_jax.data.chat import mark_chat, text_of
+from gemma_jax.data.corpora import find_parts
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.data.tokens import held_out_below
+from gemma_jax.errors import UserError, require_fractions
+from gemma_jax.progress import progress
+from gemma_jax.settings import check_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """What a model is tuned on.
+
+    Args:
+      sources: files of JSON lines (also .gz, .xz, .zst), globs or folders of them.
+      valid: the same, held out; where it is empty, `valid_fraction` of the sources is, by hash.
+      too_long: what happens to a conversation that is longer than a sequence: it is refused with
+        its line, or cut at its end.
+      tokenizer: a model file, or a folder with one; that of the run's `init` by default.
+    """
+
+    sources: tuple[str, ...]
+    valid: tuple[str, ...] = ()
+    valid_fraction: float = 0.05
+    too_long: Literal["refuse", "cut"] = "refuse"
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sources", "valid"):
+            if isinstance(value := getattr(self, name), str):
+                raise UserError(f'{name} is one text; write ("{value}",), with the comma.')
+        check_types(self)
+        require_fractions(self, "valid_fraction", below_one=True)
+        if not self.sources:
+            raise UserError("Conversations.sources is empty; give files of JSON lines.")
+
+
+class Conversation(NamedTuple):
+    """One line: where it stands, all that it holds (`messages` included), and its ids.
+
+    `spoken` [n] marks the ids that are the model's to say.
+    """
+
+    place: str
+    row: Mapping[str, Any]
+    ids: np.ndarray
+    spoken: np.ndarray
+
+
+class ConversationSet(NamedTuple):
+    train: list[Conversation]
+    valid: list[Conversation]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Numbers and a SHA-256 that tell whether two sets would train alike."""
+        digest = hashlib.sha256()
+        for part in self:
+            digest.update(len(part).to_bytes(8, "little"))
+            for one in part:
+                digest.update(len(one.ids).to_bytes(8, "little"))
+                digest.update(one.ids.astype("<i4").tobytes() + one.spoken.tobytes())
+        return {
+            "train": len(self.train),
+            "valid": len(self.valid),
+            "train_tokens": sum(len(one.ids) for one in self.train),
+            "sha256": digest.hexdigest(),
+        }
+
+
+def read_conversations(
+    data: Conversations, tokenizer: Tokenizer, seq_len: int | None = None
+) -> ConversationSet:
+    """All conversations, split.
+
+    Raises:
+      UserError: for a line that cannot be read, is no conversation, teaches nothing or does not fit
+        into `seq_len` tokens; it names the file and the line.
+    """
+    train = _read(data.sources, tokenizer, seq_len, data.too_long)
+    if data.valid:
+        return ConversationSet(train, _read(data.valid, tokenizer, seq_len, data.too_long))
+    keys = [_key(one.row["messages"]) for one in train]
+    below = held_out_below(np.unique(np.array(keys, np.uint64)), data.valid_fraction)
+    split = ConversationSet([], [])
+    for one, key in zip(train, keys, strict=True):
+        (split.valid if key < below else split.train).append(one)
+    if not split.valid:
+        raise UserError(
+            f"no conversation of {', '.join(data.sources)} is held out; give data.valid, or a "
+            "data.valid_fraction above 0 and two different conversations at least."
+        )
+    return split
+
+
+def _key(messages: Sequence[Mapping[str, str]]) -> int:
+    text = json.dumps([[message["role"], message["content"]] for message in messages])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _read(
+    sources: tuple[str, ...], tokenizer: Tokenizer, seq_len: int | None, too_long: str
+) -> list[Conversation]:
+    parts = find_parts(sources)
+    for part in parts:
+        if part.kind != "jsonl":
+            raise UserError(f"{part.name} is not a file of JSON lines (.jsonl); convert it.")
+    found, silent = [], 0
+    with progress("read conversations", sum(part.size() for part in parts)) as advance:
+        for part in parts:
+            for place, row in readers.json_rows(part.name):
+                one = _conversation(place, row, tokenizer)
+                if seq_len is not None and len(one.ids) > seq_len + 1:
+                    one = _shortened(one, seq_len, too_long)
+                if one.spoken[1:].any():
+                    found.append(one)
+                else:
+                    silent += 1
+            advance(part.size(), part.name)
+    if silent:
+        print(
+            f"{silent} conversation(s) of {', '.join(sources)} hold no turn of the model within "
+            f"{seq_len} tokens and are left out",
+            file=sys.stderr,
+        )
+    if not found:
+        raise UserError(f"{', '.join(sources)} holds no conversation; give other files.")
+    return found
+
+
+def _shortened(one: Conversation, seq_len: int, too_long: str) -> Conversation:
+    if too_long == "refuse":
+        raise UserError(
+            f"{one.place}: the conversation is {len(one.ids) - 1} tokens long and seq_len is "
+            f"{seq_len}; raise seq_len, shorten it, or set data.too_long='cut'."
+        )
+    return one._replace(ids=one.ids[: seq_len + 1], spoken=one.spoken[: seq_len + 1])
+
+
+def _conversation(place: str, row: Any, tokenizer: Tokenizer) -> Conversation:
+    messages = list(_messages(place, row))
+    try:
+        for number, message in enumerate(messages, 1):
+            text = text_of(message.get("content")) if isinstance(message, Mapping) else None
+            if text is None:
+                continue  # `mark_chat` says what is wrong
+            if not text.strip():
+                raise UserError(f"message {number} is empty; give it a text or remove the line.")
+            text.encode()
+            messages[number - 1] = {**message, "content": text}
+        marked = mark_chat(tokenizer, messages)
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{place} holds half a surrogate pair, which is no Unicode text; remove it."
+        ) from None
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    ids, spoken = (np.array(column) for column in zip(*marked, strict=True))
+    if not spoken.any():
+        raise UserError(
+            f"{place}: the conversation has no turn of the assistant to learn; add one, or remove "
+            "the line."
+        )
+    return Conversation(place, {**row, "messages": messages}, ids.astype(np.int32), spoken)
+
+
+def _messages(place: str, row: Any) -> Iterator[Any]:
+    given = sorted({"messages", "prompt", "completion"} & set(row) if isinstance(row, dict) else ())
+    if given == ["messages"] and isinstance(row["messages"], list):
+        yield from row["messages"]
+        return
+    if given == ["completion", "prompt"] and all(isinstance(row[name], str) for name in given):
+        yield {"role": "user", "content": row["prompt"]}
+        yield {"role": "assistant", "content": row["completion"]}
+        return
+    has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+    raise UserError(
+        f"{place} must have either a list `messages`, or the texts `prompt` and `completion` (it "
+        f"has: {has})."
+    )
