@@ -83,7 +83,7 @@ def join_processes(
     given = {"JAX_NUM_PROCESSES": num_processes, "JAX_PROCESS_ID": process_id}
     count, own = (_whole(name, value) for name, value in given.items())
     try:
-        jax.distributed.initialize(coordinator, count, own)
+        jax.distributed.initialize(coordinator, count, own, _own_gpus())
     except (ValueError, RuntimeError) as error:
         cause = str(error).splitlines()[0].rstrip(".")
         raise UserError(
@@ -97,6 +97,16 @@ def join_processes(
         os.dup2(os.open(os.devnull, os.O_WRONLY), results)
         silence()
     sys.stdout = os.fdopen(results, "w")
+
+
+def _own_gpus() -> list[int] | None:
+    """All GPUs of a node where SLURM has started one process on each: JAX expects a process a GPU,
+    and would take the first one alone. None elsewhere: JAX knows."""
+    names = ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "SLURM_GPUS_ON_NODE")
+    tasks, nodes, gpus = map(os.environ.get, names)
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ or tasks is None or tasks != nodes or not gpus:
+        return None
+    return list(range(int(gpus)))
 
 
 def _whole(name: str, value: int | None) -> int | None:

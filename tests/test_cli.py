@@ -14,27 +14,29 @@ from command_line import BUILD, EXPERIMENT, cut, edited, flipped, without, write
 from gemma_jax import arguments, cli, report
 
 TEACHER = "teacher runs/tiny tokens"
+PROCESSES = {"--coordinator", "--distributed", "--num-processes", "--process-id"}
 OPTIONS = {
-    "quickstart": {"--arg", "--json", "--set"},
+    "quickstart": {"--arg", "--json", "--set", *PROCESSES},
     "data build": {
         *("--json", "--source", "--text-field", "--tokenizer", "--valid-fraction"),
         *("--vocab-size", "--workers"),
     },
     "tokenizer train": {"--json", "--source", "--text-field", "--vocab-size"},
-    "train": {"--arg", "--json", "--point", "--set"},
+    "train": {"--arg", "--json", "--point", "--set", *PROCESSES},
     "teacher": {
         *("--batch-size", "--draws", "--json", "--method", "--num-sequences", "--seed"),
-        "--seq-len",
+        *("--mesh", "--seq-len", *PROCESSES),
     },
-    "teacher verify": {"--checkpoint", "--json", "--sample"},
-    "sweep": {"--arg", "--json", "--seeds", "--set"},
+    "teacher verify": {"--checkpoint", "--json", "--mesh", "--sample", *PROCESSES},
+    "sweep": {"--arg", "--json", "--seeds", "--set", *PROCESSES},
     "eval": {
         *("--batch-size", "--batch-tokens", "--compute-dtype", "--data", "--json", "--limit"),
-        *("--output", "--seq-len", "--source", "--tasks", "--text-field"),
+        *("--mesh", "--output", "--seq-len", "--source", "--tasks", "--text-field", *PROCESSES),
     },
     "generate": {
         *("--chat", "--file", "--json", "--logprobs", "--max-new-tokens", "--min-p", "--prompt"),
         *("--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p"),
+        *("--mesh", *PROCESSES),
     },
     "import": {"--json"},
     "export": {"--dtype", "--format", "--json"},
@@ -210,6 +212,11 @@ MISTAKES = {
     "train exp.py --arg name=new --set model.vocab_size=300": "vocab_size=300",
     "train exp.py --arg name=new --set data=tokens/nowhere": "/tokens/nowhere/manifest.json is not",
     "train exp.py --set optimizer=Foo()": "Foo()",
+    f"{GENERATE} --mesh fsdp:2": "'fsdp:2' is no mesh; give some of data, fsdp, tensor, rules",
+    f"{GENERATE} --mesh tensor=two": "tensor=two must be a whole number",
+    f"{GENERATE} --mesh tensor=3": "does not fit",
+    f"{GENERATE} --mesh rules=none": "rules",
+    f"{GENERATE} --process-id -1": "--process-id: -1",
     "train exp.py --set optimizer.learning_rate=0.1": "runs/tiny holds a run",
     "train exp.py --set name=../../x": "name='../../x'",
     "train exp.py --set seed=99999999999999999999": "seed=99999999999999999999",

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from command_line import command, ended, environment, write_inputs
 from example_files import CHOICES
 
 from gemma_jax.distill.shards import TeacherShards
+from gemma_jax.errors import UserError
+from gemma_jax.process import join_processes
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 DEVICES = 8
@@ -170,3 +173,46 @@ def test_a_process_that_finds_no_others_says_what_it_needs(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "give each --coordinator HOST:PORT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ("node0:1", 2, 1, None)),
+        ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, ("node0:1", 2, 1, None)),  # as told
+        (
+            {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"},
+            ("node0:1", 2, 1, [0, 1, 2, 3]),
+        ),
+        (  # a process a GPU, as JAX expects it
+            {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"},
+            ("node0:1", 2, 1, None),
+        ),
+    ],
+)
+def test_what_jax_is_told_of_the_processes(monkeypatch, variables, expected):
+    told = []
+
+    def initialize(*arguments):
+        told.append(arguments)
+        raise ValueError("no network here")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"did not find each other \(no network here\)"):
+        join_processes("node0:1", 2, 1)
+    assert told == [expected]
+
+
+def test_processes_are_found_in_the_environment(monkeypatch):
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *x: told.append(x) or 1 / 0)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    with pytest.raises(ZeroDivisionError):
+        join_processes()
+    assert told == [(None, 4, 3, None)]
+    monkeypatch.setenv("JAX_PROCESS_ID", "last")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID=last must be a whole number"):
+        join_processes()
