@@ -33,10 +33,11 @@ OPTIONS = {
         *("--output", "--seq-len", "--source", "--tasks", "--text-field"),
     },
     "generate": {
+        "--adapter",
         *("--chat", "--file", "--json", "--logprobs", "--max-new-tokens", "--min-p", "--prompt"),
         *("--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p"),
     },
-    "import": {"--json"},
+    "import": {"--base", "--json"},
     "export": {"--dtype", "--format", "--json"},
     "inspect": {"--arg", "--json", "--seq-len", "--set"},
 }
