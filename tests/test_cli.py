@@ -34,11 +34,12 @@ OPTIONS = {
         *("--mesh", "--output", "--seq-len", "--source", "--tasks", "--text-field", *PROCESSES),
     },
     "generate": {
+        "--adapter",
         *("--chat", "--file", "--json", "--logprobs", "--max-new-tokens", "--min-p", "--prompt"),
         *("--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p"),
         *("--mesh", *PROCESSES),
     },
-    "import": {"--json"},
+    "import": {"--base", "--json"},
     "export": {"--dtype", "--format", "--json"},
     "inspect": {"--arg", "--json", "--seq-len", "--set"},
 }

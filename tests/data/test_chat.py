@@ -26,6 +26,12 @@ def test_ids_are_those_of_transformers(tokenizer: Tokenizer, number: int, prompt
     assert ids == IDS["tiny"]["chats_with_prompt" if prompt else "chats"][number]
 
 
+@pytest.mark.parametrize("number", range(len(CHATS)))
+def test_masks_are_those_of_transformers(tokenizer: Tokenizer, number: int) -> None:
+    mask = [int(mine) for _, mine in mark_chat(tokenizer, CHATS[number])]
+    assert mask == IDS["tiny"]["chat_masks"][number]
+
+
 def test_the_format_by_hand(tokenizer: Tokenizer) -> None:
     messages = [
         {"role": "system", "content": "S"},

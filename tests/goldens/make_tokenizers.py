@@ -23,7 +23,11 @@ def ids(folder: Path) -> dict:
         settings = {"add_generation_prompt": prompt, "return_dict": False}
         return [tokenizer.apply_chat_template(messages, **settings) for messages in CHATS]
 
-    return {
+    def mask(messages: list[dict[str, str]]) -> list[int]:
+        settings = {"return_dict": True, "return_assistant_tokens_mask": True}
+        return tokenizer.apply_chat_template(messages, **settings)["assistant_masks"]
+
+    golden = {
         "sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
         "chat_template": tokenizer.chat_template,
         "texts": encode(TEXTS),
@@ -31,6 +35,9 @@ def ids(folder: Path) -> dict:
         "chats": chat(False),
         "chats_with_prompt": chat(True),
     }
+    if "generation -%}" in tokenizer.chat_template:  # Google's says nothing of whose turn it is
+        golden["chat_masks"] = [mask(messages) for messages in CHATS]
+    return golden
 
 
 def main() -> None:
