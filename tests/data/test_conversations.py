@@ -100,7 +100,7 @@ def test_hosts_share_a_batch_and_the_last_one_is_padded(packed: PackedConversati
     count = packed.count(1)
     size = {"batch_size": 4, "num_batches": -(-count // 4), "limit": count}
     whole = list(conversation_stream(packed, **size))
-    parts = [list(conversation_stream(packed, **size, host_index=i, host_count=2)) for i in (0, 1)]
+    parts = [list(conversation_stream(packed, **size, rows=rows)) for rows in ((0, 1), (2, 3))]
     for batch, *own in zip(whole, *parts, strict=True):
         for name, rows in batch.items():
             np.testing.assert_array_equal(rows, np.concatenate([part[name] for part in own]))
