@@ -104,10 +104,9 @@ def test_every_text_of_a_batch_is_valid_for_its_own_schema(write, loaded, limit)
 
 
 def test_a_limit_may_cut_instead(write):
-    (closed,) = write([json_schema({"type": "string"})], max_new_tokens=6, sampling=WILD)
-    (cut,) = write(
-        [json_schema({"type": "string"})], max_new_tokens=6, sampling=WILD, on_limit="cut"
-    )
+    long = [json_schema({"type": "string", "minLength": 3})]
+    (closed,) = write(long, max_new_tokens=6, sampling=WILD)
+    (cut,) = write(long, max_new_tokens=6, sampling=WILD, on_limit="cut")
     assert (closed.ending, cut.ending) == ("closed", "cut")
     assert closed.tokens[:5] == cut.tokens[:5]
     assert json.loads(closed.text) == json.loads(cut.text[: len(closed.text) - 1] + '"')
