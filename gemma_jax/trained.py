@@ -23,6 +23,7 @@ from gemma_jax.eval import sets
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.eval.tasks import limited, run_task
 from gemma_jax.files import read_json, write_json
+from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout, MeshConfig, make_layout
@@ -176,7 +177,7 @@ def write_shards(
     sequences = packed_sequences(tokens, "train", seq_len, job.seed)
     with layout.active():
         return write_teacher_shards(
-            _teacher(job, loaded, layout),
+            make_teacher(job, loaded.model, loaded.params, layout),
             sequences,
             num_sequences=count,
             seq_len=seq_len,
@@ -260,7 +261,7 @@ def verify_shards(
         path=str(path), draws=manifest["draws"], method=manifest["method"], seed=manifest["seed"]
     )
     with layout.active():
-        teacher = _teacher(job, loaded, layout)
+        teacher = make_teacher(job, loaded.model, loaded.params, layout)
         # A teacher in half precision rounds its probabilities in another way on another device or
         # at another batch size, which moves draws among its rare ids.
         exact = loaded.model.config.compute_dtype == "float32"
@@ -268,13 +269,13 @@ def verify_shards(
         return verify_teacher_shards(path, recompute=teacher, sample=sample, tolerated=tolerated)
 
 
-def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teacher:
+def make_teacher(job: TeacherJob, model: Transformer, params: Any, layout: Layout) -> Teacher:
     return Teacher(
         job,
-        params=loaded.params,
-        hidden_fn=loaded.model.hidden,
-        embedding_fn=loaded.model.output_embedding,
-        softcap=loaded.model.config.final_softcap,
+        params=params,
+        hidden_fn=model.hidden,
+        embedding_fn=model.output_embedding,
+        softcap=model.config.final_softcap,
         batch_sharding=layout.batch_sharding(),
     )
 

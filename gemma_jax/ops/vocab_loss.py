@@ -74,7 +74,8 @@ def vocab_loss(
     chunk = chunk_tokens or default_chunk_tokens(embedding.shape[0])
     settings = _Settings(float(z_loss), softcap, chunk)
     weights = jax.lax.stop_gradient(target_weights).astype(jnp.float32)
-    return _vocab_loss(settings, hidden, embedding, target_ids, weights)
+    with jax.named_scope("head"):
+        return _vocab_loss(settings, hidden, embedding, target_ids, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

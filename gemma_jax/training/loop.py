@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+import optax
 
 from gemma_jax.errors import Interrupted, UserError, require_fractions, require_positive
 from gemma_jax.progress import progress
@@ -110,17 +111,7 @@ def train(job: Job) -> Trained:
         else:
             state = jax.jit(fresh, out_shardings=shardings)()
 
-        step = jax.jit(
-            make_step(
-                job.objective,
-                optimizer,
-                microbatches=job.config.microbatches,
-                ema_decay=job.config.ema_decay,
-                seed=job.seed,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
+        step = jit_step(job, optimizer, shardings)
         records = read_metrics(job.folder)
         measured = any(r["step"] == job.num_steps and BEST_METRIC in r for r in records)
         if start < job.num_steps or not measured:
@@ -133,6 +124,22 @@ def train(job: Job) -> Trained:
         records = read_metrics(job.folder)
         metrics, best = _summary(records), checkpoints.best_step()
         return Trained(state.ema if ema else state.params, metrics, best)
+
+
+def jit_step(job: Job, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
+    """The step as the loop runs it, a jitted `(state, batch) -> (state, metrics)` that takes its
+    state over; `shardings` are the state's."""
+    return jax.jit(
+        make_step(
+            job.objective,
+            optimizer,
+            microbatches=job.config.microbatches,
+            ema_decay=job.config.ema_decay,
+            seed=job.seed,
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
 
 
 def _run(
@@ -153,7 +160,7 @@ def _run(
     ):
         for done in range(start + 1, job.num_steps + 1):
             batch = clock.wait_for(batches)
-            state, metrics = step(state, _place(batch, job.layout))
+            state, metrics = step(state, place(batch, job.layout))
             last = done == job.num_steps
             clock.step_done(metrics)
 
@@ -191,7 +198,7 @@ def _validated(job: Job, state: TrainState) -> dict[str, float | None]:
     return {f"valid/{name}": value for name, value in job.evaluate(params).items()}
 
 
-def _place(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
+def place(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
     """This host's rows as arrays of the global batch."""
     sharding = layout.batch_sharding()
     return {
