@@ -16,7 +16,6 @@ _DECODE_BATCHES = (1, 64)
 def bench(arguments: argparse.Namespace) -> None:
     from gemma_jax.bench import run, sweep, table
 
-    configs = _configs(arguments)
     try:
         if arguments.sweep is not None:
             points = sweep.points(arguments)
@@ -28,6 +27,7 @@ def bench(arguments: argparse.Namespace) -> None:
             return
         if arguments.plot is not None:
             raise UserError("--plot draws a sweep; give --sweep too, such as seq_len=512,1024.")
+        configs = _configs(arguments)
         value = run.bench(configs, against=arguments.against, peer_python=arguments.peer_python)
     except KeyboardInterrupt:
         raise Interrupted("stopped; a measurement keeps nothing.") from None

@@ -18,6 +18,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.files import write_bytes
 
 _NAMES = ("seq_len", "batch", "batch_tokens", "window", "documents", "microbatches")
+_SIZES = ("batch", "batch_tokens")
 _OWN = ("verb", "what", "json", "sweep", "plot")  # what a point does not take over
 _LABELS = {"seq_len": "tokens a sequence", "batch": "sequences a batch"}
 
@@ -46,6 +47,8 @@ def points(arguments: argparse.Namespace) -> dict[int, argparse.Namespace]:
     found = {}
     for number in numbers:
         changed = copy.copy(arguments)
+        if option in _SIZES:  # one of them says it all
+            changed.batch = changed.batch_tokens = None
         setattr(changed, option, number)
         found[number] = changed
     return found

@@ -27,6 +27,8 @@ def text(result: dict[str, Any]) -> str:
         )
     for row in result["rows"]:
         lines += _details(row)
+    if result["rows"][0]["peak_bytes"] is None:
+        lines.append("memory is the host's: the device does not tell its own")
     return "\n".join(lines)
 
 
@@ -70,8 +72,6 @@ def _details(row: dict[str, Any]) -> list[str]:
             f"{row['what']}, waiting for data: {row['data_wait']:.2%} of the time; program "
             f"{size} a device; {row['documents']} document(s) a sequence; loss {row['loss']:.3f}"
         )
-    if row["peak_bytes"] is None and row["host_peak_bytes"] is not None:
-        lines.append(f"{row['what']}: memory is the host's, for the device tells nothing")
     return lines
 
 
