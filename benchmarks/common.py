@@ -95,7 +95,12 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def row(
-    options: argparse.Namespace, what: str, times: list[float], tokens: int, steps: int, **known: Any
+    options: argparse.Namespace,
+    what: str,
+    times: list[float],
+    tokens: int,
+    steps: int,
+    **known: Any,
 ) -> dict[str, Any]:
     """A row of `times`, each of a repeat of `steps` steps that dealt with `tokens` tokens."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,6 @@
 """Training steps of Hugging Face transformers: AdamW (fused), weights in the compute dtype.
 
-    python hf_train.py --batch 8 --seq-len 2048 --compile
+python hf_train.py --batch 8 --seq-len 2048 --compile
 """
 
 from typing import Any

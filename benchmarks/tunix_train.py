@@ -1,4 +1,4 @@
-"""Training steps of google-tunix's Gemma 3: its model as it is, AdamW, weights in the compute dtype.
+"""Training steps of google-tunix's Gemma 3 as it is: AdamW, weights in the compute dtype.
 
     python tunix_train.py --batch 8 --seq-len 2048
 

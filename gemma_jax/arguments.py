@@ -190,9 +190,13 @@ def _bench_options(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument("--peer-python", help="interpreter that has the peer; this one by default")
     one.add_argument(
-        "--sweep", metavar="NAME=N,...", help="a point for each value of an option: seq_len=512,1024"
+        "--sweep",
+        metavar="NAME=N,...",
+        help="a point for each value of an option: seq_len=512,1024",
     )
-    one.add_argument("--plot", metavar="FILE", help="PNG of a sweep; bench-WHAT-NAME.png by default")
+    one.add_argument(
+        "--plot", metavar="FILE", help="PNG of a sweep; bench-WHAT-NAME.png by default"
+    )
 
 
 def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -87,9 +87,7 @@ def _model(arguments: argparse.Namespace) -> Any:
         "compute_dtype": arguments.compute_dtype,
     }
     changes = {name: value for name, value in options.items() if value is not None}
-    return override(
-        PRESETS[arguments.preset](), changes | parse_assignments(arguments.set, {})
-    )
+    return override(PRESETS[arguments.preset](), changes | parse_assignments(arguments.set, {}))
 
 
 def _mesh(arguments: argparse.Namespace) -> Any:

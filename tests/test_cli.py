@@ -39,6 +39,12 @@ OPTIONS = {
     "import": {"--json"},
     "export": {"--dtype", "--format", "--json"},
     "inspect": {"--arg", "--json", "--seq-len", "--set"},
+    "bench": {
+        *("--against", "--batch", "--batch-tokens", "--compute-dtype", "--data", "--documents"),
+        *("--json", "--mesh", "--microbatches", "--pattern", "--peer-python", "--plot"),
+        *("--preset", "--remat", "--repeats", "--rules", "--seq-len", "--set", "--shards"),
+        *("--steps", "--sweep", "--window"),
+    },
 }
 
 

@@ -13,7 +13,7 @@ from gemma_jax.distill.shards import ShardsDescription, TeacherShards
 
 DRAWS = 64  # N of random targets
 _UNIQUE = 20  # distinct ids a token, on average
-_SEQUENCES = 64  # in a drawn token set; a stream goes through them again and again
+_SHARD_RECORDS = 64
 
 
 def zipf_tokens(count: int, vocab_size: int, seed: int = 0) -> np.ndarray:
@@ -28,20 +28,21 @@ def zipf_tokens(count: int, vocab_size: int, seed: int = 0) -> np.ndarray:
 
 
 def draw_token_set(
-    folder: Path, *, vocab_size: int, seq_len: int, documents: int, batch: int, seed: int
+    folder: Path, *, vocab_size: int, seq_len: int, documents: int, sequences: int, seed: int
 ) -> TokenSet:
-    """A token set without a tokenizer, whose packed sequences hold `documents` on average.
+    """A token set without a tokenizer, of at least about `sequences` packed sequences, which hold
+    `documents` each on average.
 
     One document a sequence is exactly that. More are of random lengths, so that sequences cut
     some, as they do in real data: their pairs are geometric with mean seq_len / (documents - 1).
     """
-    pairs = seq_len * max(_SEQUENCES, 2 * batch)
+    pairs = seq_len * sequences
     rng = np.random.default_rng(seed)
     if documents == 1:
         lengths = np.full(pairs // seq_len, seq_len + 1)
     else:
         chance = min(1.0, (documents - 1) / seq_len)
-        lengths = 1 + rng.geometric(chance, size=max(2, int(pairs * chance)))
+        lengths = 1 + rng.geometric(chance, size=2 + int(1.5 * pairs * chance))
     ids = zipf_tokens(int(lengths.sum()), vocab_size, seed).astype(token_dtype(vocab_size))
     folder.mkdir(parents=True, exist_ok=True)
     shard = folder / "train-00000.arrayrecord"
@@ -66,7 +67,7 @@ def draw_shards(
     """Teacher shards of `tokens` with random targets: 64 draws, about 20 distinct ids a token, 64
     at most (in a vocabulary that has them), so M is what a real teacher's shards have."""
     sequences = packed_sequences(tokens, "train", seq_len, seed)
-    count = min(len(sequences), _SEQUENCES)
+    count = min(len(sequences), _SHARD_RECORDS)
     description = ShardsDescription(
         teacher_hash="drawn",
         tokenizer_hash="drawn",
@@ -83,9 +84,7 @@ def draw_shards(
     def record(index: int) -> bytes:
         words = _random_targets(rng, seq_len, vocab_size)
         statistics = np.full(seq_len, -3.0), np.full(seq_len, 2.5)
-        return encode_record(
-            sequences[index], words, *statistics, record_index=index, draws=DRAWS
-        )
+        return encode_record(sequences[index], words, *statistics, record_index=index, draws=DRAWS)
 
     writer = ShardsWriter(folder, description)
     writer.write(0, map(record, range(count)))

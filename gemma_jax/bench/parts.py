@@ -15,6 +15,7 @@ import collections
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def profile(run: Callable[[], Any], program: Any) -> tuple[dict[str, float], flo
     times: collections.Counter[str] = collections.Counter()
     devices = set()
     for trace in traces:
-        for plane, instruction, owner, nanoseconds in _kernels(trace):
+        for plane, instruction, owner, nanoseconds in _quiet(_kernels(trace)):
             # Names of instructions are those of one program; others only place inputs.
             part = parts.get(instruction, OTHER) if owner == module else OTHER
             if part is not None:
@@ -103,6 +104,13 @@ def profile(run: Callable[[], Any], program: Any) -> tuple[dict[str, float], flo
         return None
     shares = {part: times[part] / total for part in (*_SCOPES, OTHER) if times[part]}
     return shares, total / 1e9 / (seconds * len(devices))
+
+
+def _quiet[T](found: Iterator[T]) -> list[T]:
+    """Without the warning about its own types that jaxlib gives, and cannot give as an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return list(found)
 
 
 def _kernels(trace: Any) -> Iterator[tuple[str, str, str, float]]:
@@ -118,4 +126,3 @@ def _kernels(trace: Any) -> Iterator[tuple[str, str, str, float]]:
                 if gpus or "hlo_op" in stats:
                     owner = str(stats.get("hlo_module", ""))
                     yield plane.name, str(stats.get("hlo_op", "")), owner, event.duration_ns
-

@@ -30,14 +30,12 @@ def bench(
 
     Returns {"name", "device", "versions", "commit", "model", "rows", "peers", "ratios"}: `rows`
     have the keys of `timing.ROW_KEYS`; each of `peers` is what a script of benchmarks/ prints, and
-    `ratios` holds by peer our tokens/s over its own, row by row.
+    `ratios` holds by peer our tokens/s a device over its own, row by row.
     """
     for config in configs:
         peers.check(config, against)
     # A peer needs the accelerator's memory, and JAX takes most of it as soon as it looks at it.
-    found = [
-        peers.run(name, config, peer_python) for name in against for config in configs
-    ]
+    found = [peers.run(name, config, peer_python) for name in against for config in configs]
     rows = [row for config in configs for row in _measured(config)]
     others = _merged(found)
     for other in others:
@@ -76,21 +74,23 @@ def _merged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _fill_utilisation(other: dict[str, Any], config: BenchConfig) -> None:
-    """A peer's MFU by our own formula: the same work on the same device."""
+    """A peer's MFU by our own formula: the same work, on one of our devices."""
     if config.what == "train":
-        layout = training.checked_layout(config)
         flops = flops_per_token(config.model, config.seq_len)
         for row in other["rows"]:
-            row["mfu"] = training.utilisation(row, flops, layout)
+            row["mfu"] = training.utilisation(row, flops, jax.devices()[:1])
 
 
 def _ratios(rows: list[Row], others: list[Row]) -> list[dict[str, Any]]:
     pairs = [(a, b) for a in rows for b in others if _same_work(a, b)]
+    devices = {"train": len(jax.devices())}  # peers and generation use one
     return [
         {
             "what": a["what"],
             "batch": a["batch"],
-            "ratio": a["tokens_per_s"]["median"] / b["tokens_per_s"]["median"],
+            "ratio": a["tokens_per_s"]["median"]
+            / devices.get(a["what"], 1)
+            / b["tokens_per_s"]["median"],
         }
         for a, b in pairs
     ]

@@ -10,7 +10,7 @@ import jax
 
 from gemma_jax.bench import inputs
 from gemma_jax.bench.config import BenchConfig
-from gemma_jax.bench.timing import Row, make_row, repeated, timed
+from gemma_jax.bench.timing import Row, empty_cache, make_row, repeated, timed
 from gemma_jax.bench.training import checked_layout, mean_flops, open_stream, token_set, utilisation
 from gemma_jax.data.packing import packed_sequences
 from gemma_jax.distill.teacher import TeacherJob, write_teacher_shards
@@ -25,14 +25,14 @@ def teacher(config: BenchConfig) -> list[Row]:
     """One row: the whole job, from sequences on disk to finished shards on disk, of a model with
     random weights. MFU counts the forward pass, a third of a training step."""
     layout = checked_layout(config)
-    with tempfile.TemporaryDirectory() as scratch, layout.active():
+    with tempfile.TemporaryDirectory() as scratch, layout.active(), empty_cache():
         tokens = token_set(config, Path(scratch))
         sequences = packed_sequences(tokens, "train", config.seq_len, config.seed)
         count = config.batch * config.steps
         if count > len(sequences):
             raise UserError(
                 f"--steps {config.steps} x --batch {config.batch} sequences are over the "
-                f"{len(sequences)} that there are; ask for fewer, or give more with --data."
+                f"{len(sequences)} of {tokens.path}; ask for fewer."
             )
         model = Transformer(config.model)
         params = _random_params(model, layout.shardings(model.axes(), model.shapes()))
@@ -57,23 +57,20 @@ def teacher(config: BenchConfig) -> list[Row]:
         times = repeated(lambda: write(count), config)
         segments = [sequences.read(range(min(count, len(sequences))))["segment_ids"]]
     row = make_row(config, times, count * config.seq_len, compile_s=first)
-    row["mfu"] = utilisation(row, mean_flops(config.model, segments) / 3, layout)
+    flops = mean_flops(config.model, segments) / 3
+    row["mfu"] = utilisation(row, flops, list(layout.mesh.devices.flat))
     return [row]
 
 
 def decode(config: BenchConfig) -> list[Row]:
     """Two rows: reading prompts (`seconds` are those of all of them), and drawing `steps` tokens a
-    row greedily (`seconds` a step). On the first device, as generation is."""
+    row greedily (`seconds` a step). On the first device, as generation is; `compile_s` is the
+    first call, from an empty cache."""
     model = Transformer(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = _random_params(model, jax.tree.map(lambda _: device, model.shapes()))
-    generator = Generator(model, params)
-    drawn = inputs.zipf_tokens(
-        config.batch * config.seq_len, config.model.vocab_size, config.seed
-    )
+    drawn = inputs.zipf_tokens(config.batch * config.seq_len, config.model.vocab_size, config.seed)
     prompts = drawn.reshape(config.batch, config.seq_len).tolist()
     sampling = Sampling(temperature=0)
-    reading: list[float] = []
 
     def read() -> Any:
         state = generator.begin(
@@ -84,21 +81,22 @@ def decode(config: BenchConfig) -> list[Row]:
         )
         return jax.block_until_ready(state)
 
-    def draw(state: Any) -> float:
-        return timed(
-            lambda: generator.advance(state, config.steps, sampling=sampling, stop_ids=())
-        )[0]
-
-    first_read, state = timed(read)
-    first_drawn = draw(state)
-    drawing: list[float] = []
-
     def both() -> None:
         seconds, state = timed(read)
         reading.append(seconds)
-        drawing.append(draw(state))
+        seconds, _ = timed(
+            lambda: generator.advance(state, config.steps, sampling=sampling, stop_ids=())
+        )
+        drawing.append(seconds)
 
-    repeated(both, config, f"decode, batch {config.batch}")
+    reading: list[float] = []
+    drawing: list[float] = []
+    with empty_cache():
+        params = _random_params(model, jax.tree.map(lambda _: device, model.shapes()))
+        generator = Generator(model, params)
+        both()
+        repeated(both, config, f"decode, batch {config.batch}")
+    (first_read, *reading), (first_drawn, *drawing) = reading, drawing
     prompt_tokens, new_tokens = config.batch * config.seq_len, config.batch * config.steps
     once = dataclasses.replace(config, steps=1)
     return [

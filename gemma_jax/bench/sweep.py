@@ -60,9 +60,9 @@ def run_points(
     """{"what", "sweep", "points": [{"value", and `result` or `error`}], "plot"}; the plot is
     written. A point that fails (by its memory, say) is told and the others go on."""
     found: list[dict[str, Any]] = []
-    for value, changed in points.items():
-        print(f"bench: {name(arguments)} = {value}", file=sys.stderr, flush=True)
-        found.append({"value": value, **_run(command(changed))})
+    for number, changed in points.items():
+        print(f"bench: {name(arguments)} = {number}", file=sys.stderr, flush=True)
+        found.append({"value": number, **_run(command(changed))})
     if all("error" in point for point in found):
         raise UserError(f"no point of the sweep could be measured: {found[0]['error']}")
     value = {"what": arguments.what, "sweep": name(arguments), "points": found}
@@ -84,7 +84,9 @@ def command(arguments: argparse.Namespace) -> list[str]:
 def _run(line: list[str]) -> dict[str, Any]:
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
     if done.returncode == 0:
         return {"result": json.loads(done.stdout)}
     said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

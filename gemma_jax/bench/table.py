@@ -12,7 +12,7 @@ _TEXT = 2  # columns of text; the others are numbers
 
 def text(result: dict[str, Any]) -> str:
     """A line a row, ours before the peers', then ratios and parts."""
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for source in (result, *result["peers"]):
         rows += [_line(source["name"], row) for row in source["rows"]]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -34,7 +34,7 @@ def text(result: dict[str, Any]) -> str:
 
 def swept(value: dict[str, Any]) -> str:
     """A line a point and library."""
-    rows = [(value["sweep"], *_HEAD)]
+    rows: list[tuple[str, ...]] = [(value["sweep"], *_HEAD)]
     failed = []
     for point in value["points"]:
         if (result := point.get("result")) is None:

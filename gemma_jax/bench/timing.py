@@ -73,7 +73,7 @@ def timed[T](run: Callable[[], T]) -> tuple[float, T]:
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
     """An empty compilation cache of this block's own, whatever was compiled before."""
-    settings = {
+    settings: dict[str, Any] = {
         "jax_compilation_cache_dir": None,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -2,7 +2,7 @@
 own stream of batches."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def train(config: BenchConfig) -> list[Row]:
         parts=profiled and profiled[0],
         busy=profiled and profiled[1],
     )
-    row["mfu"] = utilisation(row, mean_flops(config.model, segments), layout)
+    row["mfu"] = utilisation(
+        row, mean_flops(config.model, segments), list(layout.mesh.devices.flat)
+    )
     return [row]
 
 
@@ -127,7 +129,8 @@ def token_set(config: BenchConfig, scratch: Path) -> TokenSet:
             vocab_size=config.model.vocab_size,
             seq_len=config.seq_len,
             documents=config.documents,
-            batch=config.batch,
+            # A stream goes through them again and again; a teacher reads each once.
+            sequences=max(64, config.batch * (config.steps if config.what == "teacher" else 2)),
             seed=config.seed,
         )
     tokens = TokenSet.open(config.data)
@@ -166,9 +169,7 @@ def _num_steps(config: BenchConfig) -> int:
     return config.warmup + config.repeats * config.steps + _PROFILED
 
 
-def _job(
-    config: BenchConfig, layout: Layout, folder: Path, batches: grain.IterDataset
-) -> Job:
+def _job(config: BenchConfig, layout: Layout, folder: Path, batches: grain.IterDataset) -> Job:
     """The job that an experiment of these settings would be."""
     model = Transformer(config.model)
     objective = Distill(shards=str(folder)) if config.what == "distill" else Xent()
@@ -223,10 +224,10 @@ def mean_flops(config: ModelConfig, segments: Iterable[np.ndarray]) -> float:
     return flops / tokens
 
 
-def utilisation(row: Row, flops: float, layout: Layout) -> float | None:
+def utilisation(row: Row, flops: float, devices: Sequence[Any]) -> float | None:
     """Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B): tokens/s x FLOPs a token over
     the dense bf16 peak of all devices; None where that is not known, as on every CPU."""
-    peak = peak_flops(layout.mesh.devices.flat[0])
+    peak = peak_flops(devices[0])
     if peak is None:
         return None
-    return row["tokens_per_s"]["median"] * flops / (peak * layout.mesh.size)
+    return row["tokens_per_s"]["median"] * flops / (peak * len(devices))
