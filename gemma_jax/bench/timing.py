@@ -35,7 +35,8 @@ def make_row(
         "what": what or config.what,
         "batch": config.batch,
         "seq_len": config.seq_len,
-        "documents": config.documents,
+        # None: they are those of real data, and nobody has counted.
+        "documents": None if config.data or config.shards else config.documents,
         "compute_dtype": config.model.compute_dtype,
         "weights_dtype": "float32",
         "steps": config.steps,

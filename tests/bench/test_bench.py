@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from models import TOKENIZER, VOCAB
 
 from gemma_jax import arguments, cli, cli_bench
-from gemma_jax.bench import run, sweep
+from gemma_jax.bench import run, sweep, training
 from gemma_jax.bench.config import BenchConfig
 from gemma_jax.bench.timing import ROW_KEYS, spread
 from gemma_jax.bench.training import mean_flops, utilisation
+from gemma_jax.data.tokens import Corpus, build_tokens
 from gemma_jax.model.config import ModelConfig, tiny
 
 # One layer: cold compilation is part of what is measured.
@@ -66,6 +69,58 @@ def test_training_is_timed_and_taken_apart(trained: dict[str, Any]) -> None:
     assert trained["model"]["embed_dim"] == 32
     assert trained["peers"] == []
     assert {"jax", "jaxlib"} <= trained["versions"].keys()
+
+
+def test_the_program_that_is_looked_at_is_the_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiled ahead of time, cold and cached, then called as the loop calls it: once in all."""
+    loop_run, programs = training._Loop.run, []
+
+    def spied(loop: training._Loop, steps: int) -> None:
+        loop_run(loop, steps)
+        cache = Path(jax.config.jax_compilation_cache_dir)
+        programs.append({path.name for path in cache.glob("jit_step-*-cache")})
+
+    monkeypatch.setattr(training._Loop, "run", spied)
+    before = jax.config.jax_compilation_cache_dir
+    measured("train", "--microbatches", "1")
+    assert len(programs) == 4  # warm-up, two repeats, under the profiler
+    assert all(len(names) == 1 for names in programs)
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.fixture(scope="module")
+def real_tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("real")
+    texts = [json.dumps({"text": f"the {n} tokens of text {n * n} " * (5 + n)}) for n in range(40)]
+    (folder / "texts.jsonl").write_text("\n".join(texts))
+    corpus = Corpus(
+        path=str(folder / "tokens"),
+        sources=(str(folder / "texts.jsonl"),),
+        tokenizer=str(TOKENIZER),
+    )
+    return str(build_tokens(corpus).path)
+
+
+@pytest.mark.parametrize("what", ["data", "teacher"])
+def test_tokens_on_disk_are_read_as_they_are(what: str, real_tokens: str) -> None:
+    (row,) = measured(what, "--data", real_tokens, "--set", f"vocab_size={VOCAB}")["rows"]
+    check_row(row, 2 * 8 * 32)
+    assert row["documents"] is None  # they have their own, and nobody counted
+
+
+def test_tokens_that_do_not_fit_are_refused(
+    real_tokens: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = ["--set", f"vocab_size={VOCAB}", "--steps", "9000"]
+    for line, words in (
+        (["train", *TINY], f"has {VOCAB} ids and the model 128; give --set vocab_size={VOCAB}."),
+        (["teacher", *TINY, *many], "--steps 9000 x --batch 8 sequences are over the"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", *line, "--data", real_tokens])
+        assert words in capsys.readouterr().err
 
 
 def test_distillation_reads_drawn_shards(capsys: pytest.CaptureFixture[str]) -> None:
