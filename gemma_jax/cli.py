@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_jax import cli_models, report
+from gemma_jax import cli_bench, cli_models, report
 from gemma_jax.arguments import parse, seed
 from gemma_jax.errors import Interrupted, UserError
 from gemma_jax.files import disk_errors
@@ -29,6 +29,7 @@ _NEEDS = {
     "data build": "gemma_jax.data.tokens",
     "tokenizer train": "gemma_jax.data.tokens",
     "inspect": "gemma_jax.runs",
+    "bench": "gemma_jax.bench.run",
     "generate": "gemma_jax.completion",
     "import": "gemma_jax.exchange",
     "export": "gemma_jax.exchange",
@@ -295,4 +296,5 @@ _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "import": cli_models.import_,
     "export": cli_models.export,
     "inspect": _inspect,
+    "bench": cli_bench.bench,
 }

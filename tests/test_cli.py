@@ -37,11 +37,17 @@ OPTIONS = {
         "--adapter",
         *("--chat", "--file", "--json", "--logprobs", "--max-new-tokens", "--min-p", "--prompt"),
         *("--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p"),
-        *("--mesh", *PROCESSES),
+        *("--mesh", "--schema", "--regex", "--grammar", "--on-limit", *PROCESSES),
     },
     "import": {"--base", "--json"},
     "export": {"--dtype", "--format", "--json"},
     "inspect": {"--arg", "--json", "--seq-len", "--set"},
+    "bench": {
+        *("--against", "--batch", "--batch-tokens", "--compute-dtype", "--data", "--documents"),
+        *("--json", "--mesh", "--microbatches", "--pattern", "--peer-python", "--plot"),
+        *("--preset", "--remat", "--repeats", "--rules", "--seq-len", "--set", "--shards"),
+        *("--steps", "--sweep", "--window"),
+    },
 }
 
 

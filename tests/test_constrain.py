@@ -10,7 +10,7 @@ import pytest
 from models import config, make_run
 from reference import Reference
 
-from gemma_jax import runs
+from gemma_jax import cli, runs
 from gemma_jax.data.tokenizer import BOS
 from gemma_jax.errors import UserError
 from gemma_jax.generation.constrain import write_bound_texts
@@ -183,3 +183,60 @@ def test_what_cannot_be_obeyed_is_named(pieces, grammar, message):
     with pytest.raises(UserError, match=message) as error:
         GrammarMatcher(grammar(), pieces)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    small = config(
+        embed_dim=32, mlp_dim=64, num_layers=2, head_dim=8, attn_pattern="LG", max_seq_len=256
+    )
+    path = tmp_path_factory.mktemp("command")
+    make_run(path / "run", small)
+    (path / "person.json").write_text(json.dumps(PERSON))
+    return path
+
+
+def rows(capsys, folder, *options):
+    cli.main(["generate", str(folder / "run"), "--json", "--max-new-tokens", "100", *options])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_one_schema_for_all(folder, capsys):
+    prompts = ["--prompt", "a", "--prompt", "b", "--schema", str(folder / "person.json")]
+    found = rows(capsys, folder, *prompts, "--temperature", "1.5", "--logprobs")
+    assert [row["prompt"] for row in found] == ["a", "b"]
+    for row in found:
+        check(PERSON, row["text"])
+        assert row["ending"] in ("complete", "closed")
+        assert len(row["tokens"]) == len(row["logprobs"])
+
+
+def test_each_line_of_a_file_has_its_own(folder, capsys):
+    lines = [
+        {"prompt": "a", "schema": PERSON},
+        {"messages": [{"role": "user", "content": "b"}], "regex": "[a-c]{3}"},
+        {"prompt": "c", "grammar": 'start: "x" | "y"'},
+    ]
+    file = folder / "asked.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    person, letters, one = rows(capsys, folder, "--file", str(file))
+    check(PERSON, person["text"])
+    assert re.fullmatch("[a-c]{3}", letters["text"])
+    assert one["text"] in ("x", "y")
+    file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "free"}])))
+    with pytest.raises(UserError, match=r"prompt 4 of .*asked.jsonl has no schema"):
+        rows(capsys, folder, "--file", str(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a", "--schema", "none.json"], "none.json cannot be read"),
+        (["--prompt", "a", "--regex", "a", "--stop", "b"], "leave --stop out"),
+        (["--chat", "--regex", "a"], "--chat is not bound"),
+        (["--prompt", "a", "--regex", "a("], "regular expression cannot be obeyed"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(folder, capsys, options, message):
+    with pytest.raises(UserError, match=message):
+        rows(capsys, folder, *options)

@@ -59,7 +59,7 @@ def again(run_folder, path):
     """A run as Q4_0 in a GGUF, and that read again."""
     export_model(run_folder, path / "q4.gguf", format="gguf", dtype="q4_0")
     import_model(path / "q4.gguf", path / "again")
-    # The same ids from another file than that of the token set; a GGUF's model computes in bfloat16.
+    # The same ids from another file than the token set's; a GGUF's model computes in bfloat16.
     for name in (runs.TOKENIZER, runs.MODEL):
         shutil.copy(f"base/{name}", path / "again" / name)
     return path / "again"
