@@ -189,6 +189,7 @@ def test_a_way_to_the_end_is_found_from_anywhere(loaded, pieces):
     [
         (lambda: json_schema({"not": {}}), 'the schema uses "not", which'),
         (lambda: json_schema({"type": "array", "contains": {}}), 'uses "contains"'),
+        (lambda: json_schema({"oneOf": [{"minimum": 1}, {"maximum": 2}]}), 'uses "oneOf", which'),
         (lambda: json_schema({"type": "string", "format": "regex"}), "Unknown format: regex"),
         (lambda: json_schema({"minLength": 3, "maxLength": 1, "type": "string"}), "minLength"),
         (lambda: json_schema(False), "the schema is false, which no value meets"),
