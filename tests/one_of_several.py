@@ -2,8 +2,8 @@
 
     one_of_several.py NOTES ARGUMENTS ... [then ARGUMENTS ...]
 
-NOTES gets {"packed": [...], "shards": [...]}, the numbers of the sequences and records that this
-process has read for training.
+NOTES gets {"packed": [[...], ...], "shards": [[...], ...]}, the numbers of sequences and records
+that this process has read for training, batch by batch as its threads happened to read them.
 """
 
 import atexit
@@ -17,18 +17,18 @@ from gemma_jax.data.packing import PackedStream
 from gemma_jax.distill.shards import TeacherShards
 
 notes, arguments = Path(sys.argv[1]), sys.argv[2:]
-read: dict[str, list[int]] = {"packed": [], "shards": []}
+read: dict[str, list[list[int]]] = {"packed": [], "shards": []}
 read_packed, read_records = PackedStream.read, TeacherShards.__getitems__
 
 
 def packed(self, numbers, limit=None):
     if limit is None:  # not a pass over held-out text
-        read["packed"] += map(int, numbers)
+        read["packed"].append([int(number) for number in numbers])
     return read_packed(self, numbers, limit)
 
 
 def records(self, indices):
-    read["shards"] += map(int, indices)
+    read["shards"].append([int(index) for index in indices])
     return read_records(self, indices)
 
 

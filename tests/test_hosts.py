@@ -121,13 +121,15 @@ def test_two_processes_are_one(alone, tmp_path, mesh, parts):
     assert ours.manifest["token_hash"] == theirs.manifest["token_hash"]
     assert [s["records"] for s in ours.manifest["shards"]] == [8, 8, 4]
 
+    share = ROWS // parts
     for kind in ("packed", "shards"):
-        batches = np.array(whole[kind][: ROWS * STEPS]).reshape(STEPS, ROWS)
         for number, read in enumerate(notes):
-            share = ROWS // parts
-            rows = slice(number * share, number * share + share) if parts > 1 else slice(None)
-            own = batches[:, rows].ravel().tolist()
-            assert sorted(read[kind][: len(own)]) == sorted(own), (kind, number)
+            first = number * share if parts > 1 else 0
+            expected = {tuple(batch[first : first + share]) for batch in whole[kind]}
+            # Threads read ahead, here and there by different numbers of batches.
+            found = [tuple(batch) for batch in read[kind]]
+            assert {len(batch) for batch in found} == {share}, (kind, number)
+            assert len(expected.intersection(found)) >= STEPS, (kind, number)
 
 
 @pytest.mark.slow
