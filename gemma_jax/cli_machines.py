@@ -148,9 +148,13 @@ def _job(arguments: argparse.Namespace, command: list[str]) -> Any:
 
 
 def _sweep(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
-    """The sweep as a command, and its points; a process of its own reads the file, with jax."""
+    """The sweep as a command, and its points."""
     command = ["sweep", *arguments.command]
-    job = _job(arguments, command)
+    return _job(arguments, command), _points(command)
+
+
+def _points(command: list[str]) -> list[str]:
+    """The points of a sweep; a process of its own reads the file, which takes jax."""
     listed = subprocess.run(
         [sys.executable, "-m", "gemma_jax", *command, "--list", "--json"],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -159,7 +163,7 @@ def _sweep(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     )
     if listed.returncode:
         sys.exit(listed.returncode)  # it has said why
-    return job, json.loads(listed.stdout)
+    return json.loads(listed.stdout)
 
 
 def _tell(arguments: argparse.Namespace, value: Any, text: str) -> None:

@@ -144,8 +144,8 @@ class Slice:
                 fetch = f"mv ../{there} code.tar.gz"
             else:
                 place = f"{job.bucket}/.code/{path.name}"
-                copy = ["gcloud", "storage", "cp", "--quiet", str(path), place]
-                fetch = f"gcloud storage cp --quiet {place} code.tar.gz"
+                copy = ["gcloud", "storage", "cp", str(path), place, "--quiet"]
+                fetch = f"gcloud storage cp {place} code.tar.gz --quiet"
             self.shell.do(copy, f"copying the code to {job.bucket or self.name}")
         settings = shlex.join([self.name, job.bucket or "-", *job.keep])
         unpack = (

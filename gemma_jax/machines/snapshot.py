@@ -40,6 +40,8 @@ class Snapshot:
         """Refuses a command that names a file of this folder which would not travel."""
         for word in command:
             path = Path(word)
+            if word.endswith(".py") and not path.exists():
+                raise UserError(f"{word} does not exist; name the experiment file from here.")
             if not path.is_file():
                 continue
             inside = path.resolve().is_relative_to(self.root)

@@ -77,11 +77,11 @@ push() { # called where `set -e` does not act, so each step says itself that it 
   (cd "$work" && find "${paths[@]}" -type d -regex '.*/checkpoints/[0-9]+') | sort >"$job/found"
   touch "$job/pushed"
   comm -13 "$job/pushed" "$job/found" >"$job/pushing"
-  gcloud storage cp --quiet "$job/pushing" "$bucket/.pushing/$name" || return
+  gcloud storage cp "$job/pushing" "$bucket/.pushing/$name" --quiet || return
   for path in "${paths[@]}"; do sync "$work/$path" "$bucket/$path" || return; done
   mv "$job/found" "$job/pushed"
   : >"$job/pushing"
-  gcloud storage cp --quiet "$job/pushing" "$bucket/.pushing/$name"
+  gcloud storage cp "$job/pushing" "$bucket/.pushing/$name" --quiet
 }
 
 push_now_and_then() {
@@ -122,7 +122,8 @@ start() {
   fi
   echo "$1" >"$job/job"
   rm -f "$job/ended" "$job/pid" "$job/program"
-  setsid nohup bash "${BASH_SOURCE[0]}" run "${@:2}" >"$job/log" 2>&1 </dev/null &
+  set -m # a process group of its own, in which Ctrl-C is not ignored
+  nohup bash "${BASH_SOURCE[0]}" run "${@:2}" >"$job/log" 2>&1 </dev/null &
   echo $! >"$job/pid"
 }
 
@@ -130,7 +131,7 @@ run() { # in the background; a notice of preemption (SIGTERM) reaches the progra
   local exit_code=0 program pusher=''
   read_settings
   trap : TERM
-  set -m # a process group each, and Ctrl-C not ignored
+  set -m # a process group each
   cd "$work"
   "$code/launch.sh" "$@" &
   program=$!
