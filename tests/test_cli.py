@@ -1,5 +1,6 @@
 """The command line: the whole path once on tiny sizes, and a sentence for every mistake."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -28,7 +29,9 @@ OPTIONS = {
         *("--mesh", "--seq-len", *PROCESSES),
     },
     "teacher verify": {"--checkpoint", "--json", "--mesh", "--sample", *PROCESSES},
-    "sweep": {"--arg", "--json", "--seeds", "--set", *PROCESSES},
+    "sweep": {
+        *("--arg", "--collect", "--json", "--list", "--only", "--seeds", "--set", *PROCESSES),
+    },
     "eval": {
         *("--batch-size", "--batch-tokens", "--compute-dtype", "--data", "--json", "--limit"),
         *("--mesh", "--output", "--seq-len", "--source", "--tasks", "--text-field", *PROCESSES),
@@ -37,11 +40,51 @@ OPTIONS = {
         "--adapter",
         *("--chat", "--file", "--json", "--logprobs", "--max-new-tokens", "--min-p", "--prompt"),
         *("--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p"),
-        *("--mesh", *PROCESSES),
+        *("--grammar", "--on-limit", "--regex", "--schema", "--mesh", *PROCESSES),
     },
     "import": {"--base", "--json"},
     "export": {"--dtype", "--format", "--json"},
     "inspect": {"--arg", "--json", "--seq-len", "--set"},
+    "tpu": set(),
+    "gke": set(),
+    "slurm": set(),
+}
+SLICE = {"--dry-run", "--project", "--zone"}
+ASKED = {"--json", "--runtime-version", "--spot", "--type"}
+TPU_JOB = {"--bucket", "--keep", "--max-restarts", "--poll-s", *ASKED, *SLICE}
+GKE = {"--cluster", *SLICE}
+GKE_JOB = {
+    *("--image", "--keep", "--max-restarts", "--mount", "--num-slices", "--priority"),
+    *("--storage", "--type", *GKE),
+}
+SLURM_JOB = {
+    *("--account", "--cpus", "--dry-run", "--gpus", "--keep", "--max-restarts", "--nodes"),
+    *("--partition", "--sbatch", "--time"),
+}
+ACTIONS = {
+    "tpu": {
+        "create": SLICE | ASKED,
+        "run": TPU_JOB,
+        "sweep": TPU_JOB | {"--slices"},
+        "logs": SLICE | {"--worker"},
+        "status": SLICE | {"--json"},
+        "stop": SLICE,
+        "delete": SLICE,
+    },
+    "gke": {
+        "run": GKE_JOB,
+        "sweep": GKE_JOB,
+        "logs": GKE | {"--follow"},
+        "status": GKE,
+        "stop": GKE,
+    },
+    "slurm": {
+        "run": SLURM_JOB,
+        "sweep": SLURM_JOB | {"--at-once"},
+        "logs": {"--dry-run", "--worker"},
+        "status": {"--dry-run"},
+        "stop": {"--dry-run"},
+    },
 }
 
 
@@ -158,19 +201,29 @@ def test_verbs_of_two_words_look_so_in_their_help(
     assert "  data build " in capsys.readouterr().out
 
 
+def test_the_points_of_a_sweep_are_listed(made: dict[str, Any]) -> None:
+    assert printed("sweep exp.py --list --json") == ["a", "b"]
+
+
 def test_one_point_is_trained_with_the_seed_that_is_set(made: dict[str, Any]) -> None:
     given = arguments.parse(["train", "exp.py", "--point", "a", "--set", "seed=3"])
     assert cli._load_sweep(Path("exp.py"), given).seeds == (3,)
 
 
 def test_verbs_and_options_are_frozen() -> None:
-    (verbs,) = (a.choices for a in arguments.parser()._actions if isinstance(a.choices, dict))
-    found = {
-        name: {o for a in one._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
-        for name, one in verbs.items()
-    }
-    assert found == OPTIONS
+    def options(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+        (verbs,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
+        return {
+            name: {o for a in one._actions for o in a.option_strings if o.startswith("--")}
+            - {"--help"}
+            for name, one in verbs.items()
+        }
+
+    whole = arguments.parser()
+    assert options(whole) == OPTIONS
     assert cli._VERBS.keys() == OPTIONS.keys()
+    (verbs,) = (a.choices for a in whole._actions if isinstance(a.choices, dict))
+    assert {name: options(verbs[name]) for name in ACTIONS} == ACTIONS
 
 
 GENERATE = "generate runs/tiny --prompt a"
@@ -223,6 +276,9 @@ MISTAKES = {
     "train exp.py --set seed=99999999999999999999": "seed=99999999999999999999",
     "sweep nothing.py": "neither BASE",
     "sweep equal.py": "'a' and 'b' are equal",
+    "sweep exp.py --only c": "no point 'c'; there are: a, b",
+    "sweep exp.py --collect nowhere": "nowhere/tiny has no finished run",
+    "sweep exp.py --collect x --only a": "not allowed with",
     "sweep exp.py --seeds a,b": "--seeds 'a,b'",
     "sweep exp.py --seeds 0,0": "a seed twice",
     "sweep exp.py --set seed=3": "use --seeds 3",
