@@ -190,6 +190,51 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence for the FLOPs")
     _settings_options(one)
 
+    _bench_options(verb("bench", "Tokens a second, memory, compile time; beside other libraries."))
+
+
+def _bench_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "what",
+        choices=("train", "distill", "teacher", "decode", "data"),
+        help="training on tokens or on shards, a teacher that writes shards, generation, or the "
+        "loader alone",
+    )
+    one.add_argument("--preset", default="gemma3_270m", help="the model; see `inspect`")
+    _set_option(one, "change a setting of the model: attn_softcap=50")
+    one.add_argument("--pattern", help="attn_pattern of the model, such as LG")
+    one.add_argument("--window", type=_positive, help="sliding_window of the model")
+    one.add_argument("--remat", choices=("none", "dots", "full"), help="what backward recomputes")
+    one.add_argument("--compute-dtype", choices=("float32", "bfloat16"), help="of the model")
+    size = one.add_mutually_exclusive_group()
+    size.add_argument("--batch", type=_positive, help="sequences; decode does 1 and 64 by default")
+    size.add_argument("--batch-tokens", type=_positive, help="instead: 16384 where nothing is said")
+    one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence, or a prompt")
+    one.add_argument("--documents", type=_positive, default=1, help="packed into each sequence")
+    one.add_argument("--microbatches", type=_positive, default=1, help="as train.microbatches")
+    one.add_argument("--steps", type=_positive, help="a repeat; with decode tokens a row")
+    one.add_argument("--repeats", type=_positive, default=3, help="of which the median is told")
+    one.add_argument("--mesh", metavar="AXIS=N,...", help="as mesh of an experiment: fsdp=4,data=2")
+    one.add_argument("--rules", help="as mesh.rules of an experiment")
+    one.add_argument("--data", help="folder of a token set, instead of drawn tokens")
+    one.add_argument("--shards", help="folder of teacher shards, instead of drawn targets")
+    one.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="PEER",
+        help="also run hf, hf-compile or tunix (see benchmarks/); may be given several times",
+    )
+    one.add_argument("--peer-python", help="interpreter that has the peer; this one by default")
+    one.add_argument(
+        "--sweep",
+        metavar="NAME=N,...",
+        help="a point for each value of an option: seq_len=512,1024",
+    )
+    one.add_argument(
+        "--plot", metavar="FILE", help="PNG of a sweep; bench-WHAT-NAME.png by default"
+    )
+
 
 def _model_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one = verb("generate", "Continue prompts, or talk.")
@@ -268,14 +313,20 @@ def _device_options(parser: argparse.ArgumentParser, *, mesh_too: bool = True) -
     parser.add_argument("--process-id", type=_at_least(0), help="of this one, from 0")
 
 
-def _settings_options(parser: argparse.ArgumentParser) -> None:
+def _set_option(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="PATH=VALUE",
-        help="change a setting: model.attn_pattern=LG, or 'objective=Distill(shards=\"sh/t1\")'; "
-        "may be given several times",
+        help=f"{help}; may be given several times",
+    )
+
+
+def _settings_options(parser: argparse.ArgumentParser) -> None:
+    _set_option(
+        parser,
+        "change a setting: model.attn_pattern=LG, or 'objective=Distill(shards=\"sh/t1\")'",
     )
     parser.add_argument(
         "--arg",

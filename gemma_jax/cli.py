@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_jax import cli_machines, cli_models, report
+from gemma_jax import cli_bench, cli_machines, cli_models, report
 from gemma_jax.arguments import parse, seed
 from gemma_jax.errors import (
     INTERRUPTED_CODE,
@@ -36,6 +36,7 @@ _NEEDS = {
     "data build": "gemma_jax.data.tokens",
     "tokenizer train": "gemma_jax.data.tokens",
     "inspect": "gemma_jax.runs",
+    "bench": "gemma_jax.bench.run",
     "generate": "gemma_jax.completion",
     "import": "gemma_jax.exchange",
     "export": "gemma_jax.exchange",
@@ -320,6 +321,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "import": cli_models.import_,
     "export": cli_models.export,
     "inspect": _inspect,
+    "bench": cli_bench.bench,
     "tpu": cli_machines.tpu,
     "gke": cli_machines.gke,
     "slurm": cli_machines.slurm,

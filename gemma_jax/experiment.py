@@ -5,6 +5,7 @@ first use (`run`), and found again afterwards.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from gemma_jax.training.loop import Evaluate, Job, LoopConfig, train
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
 from gemma_jax.tuning.lora import Lora, QLora
+from gemma_jax.tuning.qat import Qat, check_widths, quantized
 from gemma_jax.tuning.sft import Sft
 
 
@@ -62,6 +64,7 @@ class Experiment:
     data: Corpus | Mixture | Conversations | str
     objective: Xent | Distill | Sft = Xent()
     adapter: Lora | QLora | None = None
+    quantization: Qat | None = None
     optimizer: AdamW | Muon = AdamW()
     tokens: int | None = None
     epochs: int | None = None
@@ -80,6 +83,11 @@ class Experiment:
         self._check_length()
         if self.adapter is not None and self.init is None:
             raise UserError("an adapter needs the weights that it is trained on; give init=RUN.")
+        if self.adapter is not None and self.quantization is not None:
+            raise UserError(
+                "adapter and quantization do not go together; export the adapter merged, import "
+                "that, and train it with quantization."
+            )
         parts = Path(self.name).parts
         if not parts or Path(self.name).is_absolute() or ".." in parts:
             raise UserError(f"name='{self.name}' must name a folder inside {runs.RUNS}.")
@@ -285,10 +293,15 @@ def _weights(experiment: Experiment, model: Transformer, layout: Layout) -> dict
     init, adapter, seed = experiment.init, experiment.adapter, experiment.seed
     if init is not None and adapter is not None:
         return tuned.adapted_job(adapter, init, model, layout, experiment.folder, seed)
+    axes = model.axes()
     parts: dict[str, Any] = {
         "init_params": lambda: model.init(jax.random.key(seed)),
-        "axes": model.axes(),
+        "axes": axes,
     }
+    if (rounding := experiment.quantization) is not None:
+        check_widths(rounding, axes, model.shapes())
+        rounded = jax.jit(functools.partial(quantized, rounding, axes))
+        parts["join"] = lambda params, frozen, rng: rounded(params)
     if init is not None:
         parts["load_params"] = lambda shardings: tuned.load_params(init, model.config, shardings)
     return parts
@@ -407,6 +420,7 @@ SETTINGS = {
             Mixture,
             ModelConfig,
             Muon,
+            Qat,
             QLora,
             Sft,
             Stage,

@@ -152,7 +152,7 @@ def claim(folder: Path, experiment: Any) -> None:
         return
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     versions = {name: importlib.metadata.version(name) for name in names}
-    now = {"commit": _commit(), "versions": versions}
+    now = {"commit": commit(), "versions": versions}
     saved = _claim_of(folder)
     if saved is None:
         write_json(folder / EXPERIMENT, {"experiment": to_json(experiment), **now})
@@ -169,7 +169,7 @@ def _is_free(path: str) -> bool:
     return own.startswith(_FREE) and not own.startswith(_BOUND)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the package's checkout, with + where it has changes; None outside of one."""
     here = Path(__file__).parent
 

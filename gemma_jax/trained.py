@@ -22,6 +22,7 @@ from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.eval.tasks import limited, run_task
 from gemma_jax.files import read_json, write_json
 from gemma_jax.hosts import is_first
+from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout, MeshConfig, active, chosen_layout, make_layout
@@ -174,7 +175,7 @@ def write_shards(
     count = count_sequences(tokens, seq_len, num_sequences)
     sequences = packed_sequences(tokens, "train", seq_len, job.seed)
     return write_teacher_shards(
-        _teacher(job, loaded, layout),
+        make_teacher(job, loaded.model, loaded.params, layout),
         sequences,
         num_sequences=count,
         seq_len=seq_len,
@@ -256,7 +257,7 @@ def verify_shards(
         seed=manifest["seed"],
         batch_size=_multiple(8, layout),
     )
-    teacher = _teacher(job, loaded, layout)
+    teacher = make_teacher(job, loaded.model, loaded.params, layout)
     # A teacher in half precision rounds its probabilities in another way on another device or at
     # another batch size, which moves draws among its rare ids.
     exact = loaded.model.config.compute_dtype == "float32"
@@ -264,13 +265,13 @@ def verify_shards(
     return verify_teacher_shards(path, recompute=teacher, sample=sample, tolerated=tolerated)
 
 
-def _teacher(job: TeacherJob, loaded: runs.LoadedModel, layout: Layout) -> Teacher:
+def make_teacher(job: TeacherJob, model: Transformer, params: Any, layout: Layout) -> Teacher:
     return Teacher(
         job,
-        params=loaded.params,
-        hidden_fn=loaded.model.hidden,
-        embedding_fn=loaded.model.output_embedding,
-        softcap=loaded.model.config.final_softcap,
+        params=params,
+        hidden_fn=model.hidden,
+        embedding_fn=model.output_embedding,
+        softcap=model.config.final_softcap,
         layout=layout,
     )
 

@@ -3,14 +3,16 @@
 import json
 import random
 import re
+from collections import Counter
 
 import jsonschema
 import numpy as np
 import pytest
 from models import config, make_run
 from reference import Reference
+from schemas import random_schema
 
-from gemma_jax import runs
+from gemma_jax import cli, runs
 from gemma_jax.data.tokenizer import BOS
 from gemma_jax.errors import UserError
 from gemma_jax.generation.constrain import write_bound_texts
@@ -80,13 +82,13 @@ def write(loaded, generator, pieces):
         prompts = [[BOS, *loaded.tokenizer.encode(f"number {i}")] for i in range(len(grammars))]
         return write_bound_texts(generator, loaded.tokenizer, pieces, prompts, grammars, **settings)
 
+    run.pieces = pieces
     return run
 
 
 def check(schema, text):
-    jsonschema.validate(
-        json.loads(text), schema, format_checker=jsonschema.FormatChecker(formats=["date"])
-    )
+    formats = jsonschema.FormatChecker(formats=["date", "uuid", "ipv4", "email"])
+    jsonschema.validate(json.loads(text), schema, format_checker=formats)
 
 
 @pytest.mark.parametrize("limit", [8, 40, 120])
@@ -103,11 +105,30 @@ def test_every_text_of_a_batch_is_valid_for_its_own_schema(write, loaded, limit)
         assert {result.ending for result in results} == {"complete", "closed"}
 
 
+@pytest.mark.slow
+def test_hundreds_of_schemas_are_obeyed(write):
+    """Of an untrained model at a high temperature, cut short or not, each text is valid."""
+    rng = random.Random(0)
+    schemas = [random_schema(rng) for _ in range(384)]
+    endings = Counter()
+    for start in range(0, len(schemas), 32):
+        part = schemas[start : start + 32]
+        results = write([json_schema(s) for s in part], max_new_tokens=96, sampling=WILD)
+        for schema, result in zip(part, results, strict=True):
+            endings[result.ending] += 1
+            if result.ending == "cut":  # there is no text of so few tokens
+                assert GrammarMatcher(json_schema(schema), write.pieces).close(96) is None
+            else:
+                check(schema, result.text)
+    assert endings["complete"] > 200
+    assert endings["closed"] > 50
+    assert endings["cut"] < 20
+
+
 def test_a_limit_may_cut_instead(write):
-    (closed,) = write([json_schema({"type": "string"})], max_new_tokens=6, sampling=WILD)
-    (cut,) = write(
-        [json_schema({"type": "string"})], max_new_tokens=6, sampling=WILD, on_limit="cut"
-    )
+    long = [json_schema({"type": "string", "minLength": 3})]
+    (closed,) = write(long, max_new_tokens=6, sampling=WILD)
+    (cut,) = write(long, max_new_tokens=6, sampling=WILD, on_limit="cut")
     assert (closed.ending, cut.ending) == ("closed", "cut")
     assert closed.tokens[:5] == cut.tokens[:5]
     assert json.loads(closed.text) == json.loads(cut.text[: len(closed.text) - 1] + '"')
@@ -168,6 +189,7 @@ def test_a_way_to_the_end_is_found_from_anywhere(loaded, pieces):
     [
         (lambda: json_schema({"not": {}}), 'the schema uses "not", which'),
         (lambda: json_schema({"type": "array", "contains": {}}), 'uses "contains"'),
+        (lambda: json_schema({"oneOf": [{"minimum": 1}, {"maximum": 2}]}), 'uses "oneOf", which'),
         (lambda: json_schema({"type": "string", "format": "regex"}), "Unknown format: regex"),
         (lambda: json_schema({"minLength": 3, "maxLength": 1, "type": "string"}), "minLength"),
         (lambda: json_schema(False), "the schema is false, which no value meets"),
@@ -184,3 +206,62 @@ def test_what_cannot_be_obeyed_is_named(pieces, grammar, message):
     with pytest.raises(UserError, match=message) as error:
         GrammarMatcher(grammar(), pieces)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    small = config(
+        embed_dim=32, mlp_dim=64, num_layers=2, head_dim=8, attn_pattern="LG", max_seq_len=256
+    )
+    path = tmp_path_factory.mktemp("command")
+    make_run(path / "run", small)
+    (path / "person.json").write_text(json.dumps(PERSON))
+    return path
+
+
+def rows(capsys, folder, *options):
+    cli.main(["generate", str(folder / "run"), "--json", "--max-new-tokens", "100", *options])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_one_schema_for_all(folder, capsys):
+    prompts = ["--prompt", "a", "--prompt", "b", "--schema", str(folder / "person.json")]
+    found = rows(capsys, folder, *prompts, "--temperature", "1.5", "--logprobs")
+    assert [row["prompt"] for row in found] == ["a", "b"]
+    for row in found:
+        check(PERSON, row["text"])
+        assert row["ending"] in ("complete", "closed")
+        assert len(row["tokens"]) == len(row["logprobs"])
+
+
+def test_each_line_of_a_file_has_its_own(folder, capsys):
+    lines = [
+        {"prompt": "a", "schema": PERSON},
+        {"messages": [{"role": "user", "content": "b"}], "regex": "[a-c]{3}"},
+        {"prompt": "c", "grammar": 'start: "x" | "y"'},
+    ]
+    file = folder / "asked.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    person, letters, one = rows(capsys, folder, "--file", str(file))
+    check(PERSON, person["text"])
+    assert re.fullmatch("[a-c]{3}", letters["text"])
+    assert one["text"] in ("x", "y")
+    file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "free"}])))
+    with pytest.raises(SystemExit):
+        rows(capsys, folder, "--file", str(file))
+    assert re.search(r"prompt 4 of .*asked.jsonl has no schema", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a", "--schema", "none.json"], "none.json cannot be read"),
+        (["--prompt", "a", "--regex", "a", "--stop", "b"], "leave --stop out"),
+        (["--chat", "--regex", "a"], "--chat is not bound"),
+        (["--prompt", "a", "--regex", "a("], "regular expression cannot be obeyed"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(folder, capsys, options, message):
+    with pytest.raises(SystemExit):
+        rows(capsys, folder, *options)
+    assert message in capsys.readouterr().err

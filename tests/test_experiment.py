@@ -269,7 +269,7 @@ def test_a_later_start_with_another_commit_is_noted(folder, monkeypatch):
     first = json.loads((path / "experiment.json").read_text())
     runs.claim(path, settings)
     assert json.loads((path / "experiment.json").read_text()) == first
-    monkeypatch.setattr(runs, "_commit", lambda: "another")
+    monkeypatch.setattr(runs, "commit", lambda: "another")
     runs.claim(path, settings)
     runs.claim(path, settings)
     saved = json.loads((path / "experiment.json").read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.errors import UserError
-from gemma_jax.generation import decode
+from gemma_jax.generation import decode, sampling
 from gemma_jax.generation.decode import Generator, generate
 from gemma_jax.generation.sampling import Sampling, sample
 from gemma_jax.model.config import tiny
@@ -192,6 +192,30 @@ def test_drawn_frequencies(settings, expected):
     found = np.bincount(draws, minlength=5) / count
     np.testing.assert_allclose(found, expected, atol=0.03)
     assert not found[np.asarray(expected) == 0].any()
+
+
+def test_draws_from_a_large_vocabulary_follow_its_probabilities():
+    """Every id by its share, z-tested; ids of probability 0 and the edges of blocks included."""
+    V, count = 1003, 200_000
+    rng = np.random.default_rng(0)
+    logits = np.where(rng.random(V) < 0.3, -np.inf, rng.normal(0, 2, V)).astype(np.float32)
+    draws = jax.jit(
+        lambda keys: sample(jnp.broadcast_to(jnp.asarray(logits), (count, V)), keys, Sampling())
+    )(jax.random.split(jax.random.key(1), count))
+    found = np.bincount(np.asarray(draws), minlength=V)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum()
+    assert not found[p == 0].any()
+    z = (found - count * p)[p > 0] / np.sqrt(count * p * (1 - p))[p > 0]
+    assert np.abs(z).max() < 5
+    assert abs(np.square(z).mean() - 1) < 0.25
+
+
+@pytest.mark.parametrize("u", [0.0, np.nextafter(np.float32(1), np.float32(0))])
+def test_the_ends_of_the_range_fall_on_tokens_that_may_come(u):
+    logits = jnp.asarray([[-jnp.inf, 0.0, -jnp.inf, 1.0, *[-jnp.inf] * 60]])
+    token = int(sampling._draw(logits, jnp.asarray([u], jnp.float32))[0])
+    assert token == (1 if u == 0 else 3)
 
 
 def test_bad_sampling_is_refused():

@@ -1,19 +1,23 @@
 """Texts that belong to a grammar: the host says which tokens may follow, the device draws one.
 
 The masks of the next step are computed on the host while the device reads the tokens of this one.
-Where the grammar leaves no choice, its tokens are read together with the one that was drawn, and no
-step is spent on them.
+Where the grammar leaves no choice, nothing is drawn: its tokens are read several at a time, or, in
+a batch on a CPU, beside the tokens that other rows draw.
 """
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import jax
+
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
-from gemma_jax.generation.decode import Generator, State, check_request
+from gemma_jax.generation.decode import STRETCH, Generator, State, check_request
 from gemma_jax.generation.grammar import Grammar, GrammarMatcher, GrammarTokenizer, Masks
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.generation.text import STOP_IDS, batches_of
+
+_FREE_TOKENS = 32  # so many take a CPU about as long as one: it waits for the weights
 
 type OnLimit = Literal["close", "cut"]
 
@@ -122,19 +126,34 @@ def write_bound_texts(
 def _write(
     generator: Generator, vocab_size: int, state: State, rows: list[_Row], sampling: Sampling
 ) -> None:
-    masks = Masks(state.length.shape[0], vocab_size)
+    B = state.length.shape[0]
+    masks = Masks(B, vocab_size)
+    waiting: list[list[int]] = [[] for _ in rows]  # taken, but not read by the model yet
 
-    def active() -> dict[int, GrammarMatcher]:
-        return {number: row.matcher for number, row in enumerate(rows) if not row.done}
+    def drawing() -> dict[int, GrammarMatcher]:
+        return {
+            number: row.matcher
+            for number, row in enumerate(rows)
+            if not row.done and not waiting[number]
+        }
 
-    allowed = masks.fill(active())
-    while going := active():
-        tokens, logprobs = generator.choose(state, allowed, sampling=sampling)
-        fed: list[list[int]] = [[] for _ in rows]
-        for number in going:
-            fed[number] = rows[number].draw(int(tokens[number]), float(logprobs[number]))
-            if rows[number].done:
-                fed[number] = []
+    allowed = masks.fill(drawing())
+    while not all(row.done for row in rows):
+        if asked := drawing():
+            tokens, logprobs = generator.choose(state, allowed, sampling=sampling)
+            for number in asked:
+                taken = rows[number].draw(int(tokens[number]), float(logprobs[number]))
+                waiting[number] = [] if rows[number].done else taken
+        at_once = STRETCH if _is_worth_it(waiting, B) else 1
+        fed = [tokens[:at_once] for tokens in waiting]
+        waiting = [tokens[at_once:] for tokens in waiting]
         if any(fed):
             state = generator.extend(state, fed)  # runs on the device while the masks are computed
-        allowed = masks.fill(active())
+        allowed = masks.fill(drawing())
+
+
+def _is_worth_it(waiting: list[list[int]], rows: int) -> bool:
+    """Whether to read forced tokens together. A CPU computes what is padded, beyond few tokens."""
+    useful = sum(len(tokens[:STRETCH]) for tokens in waiting)
+    room = rows * STRETCH
+    return jax.default_backend() != "cpu" or room <= _FREE_TOKENS or 2 * useful >= room

@@ -23,7 +23,7 @@ from gemma_jax.sharding import Layout, active, current_layout, pin
 
 _MIN_BUCKET = 32
 _MIN_STEPS = 8
-_FEW = 8
+STRETCH = 8  # tokens that are no prompt yet, read at once
 _CHUNK = 512  # prompt tokens at once: bounds the memory of a long prompt's attention scores
 
 
@@ -240,7 +240,7 @@ def check_request(
 
 def _width(tokens: int) -> int:
     """One token, or a few that a grammar forces, are no prompt."""
-    return tokens if tokens == 1 else _FEW if tokens <= _FEW else _bucket(tokens)
+    return tokens if tokens == 1 else STRETCH if tokens <= STRETCH else _bucket(tokens)
 
 
 def _bucket(length: int) -> int:

@@ -213,9 +213,10 @@ class Masks:
 def _refusal(grammar: Grammar, message: str) -> str:
     message = " ".join(re.sub(r"^\s*\d+ \|.*$|^[ |^]*$", "", message, flags=re.M).split())
     name = {"schema": "schema", "regex": "regular expression", "grammar": "grammar"}[grammar.kind]
-    if found := re.search(r"Unimplemented keys: \[(.*)\]", message):
+    if found := re.search(r"Unimplemented keys: \[(.*)\]|^(\w+) constraints are not", message):
+        keywords = found[1] or f'"{found[2]}"'
         return (
-            f"the {name} uses {found[1]}, which generation cannot obey; leave that out and check "
+            f"the {name} uses {keywords}, which generation cannot obey; leave that out and check "
             "it afterwards."
         )
     return f"the {name} cannot be obeyed: {message.rstrip('.')}; mend it."

@@ -7,6 +7,7 @@ another, and the model learns nothing of them.
 """
 
 import abc
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.ops.table import lookup as table_lookup
+
+_FEW_ROWS = 64
 
 
 class Matrix(abc.ABC):
@@ -52,6 +55,11 @@ def multiply(x: Float[Array, "*b"], weight: Any, inputs: int = 1) -> Float[Array
     """Activations [..., in...] times a matrix [in..., out...] of `inputs` input dimensions."""
     if isinstance(weight, Matrix):
         return weight.multiply(x, inputs)
+    if inputs > 1 and math.prod(x.shape[: x.ndim - inputs]) <= _FEW_ROWS:
+        # As one contracted dimension, or else XLA copies the matrix into that form, which takes
+        # longer than the product with a few tokens.
+        x = x.reshape(*x.shape[: x.ndim - inputs], -1)
+        weight, inputs = weight.reshape(-1, *weight.shape[inputs:]), 1
     own = tuple(range(x.ndim - 1, x.ndim - inputs - 1, -1))
     theirs = tuple(range(inputs - 1, -1, -1))
     return jax.lax.dot_general(x, weight, ((own, theirs), ((), ())))

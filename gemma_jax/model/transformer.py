@@ -112,7 +112,9 @@ class Decoder(nn.Module):
         if not c.tied_embedding:
             Embedding(c, name="head")()
         # Google's weights were trained with sqrt(D) rounded to the compute dtype.
-        x = split_batch(lookup(table, tokens, dtype) * jnp.asarray(c.embed_dim**0.5, dtype))
+        with jax.named_scope("lookup"):
+            x = lookup(table, tokens, dtype) * jnp.asarray(c.embed_dim**0.5, dtype)
+        x = split_batch(x)
 
         periods: Any = ()
         if c.num_periods:

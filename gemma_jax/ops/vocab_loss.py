@@ -76,7 +76,8 @@ def vocab_loss(
     """
     settings = _Settings(float(z_loss), softcap, chunk_tokens)
     weights = jax.lax.stop_gradient(target_weights).astype(jnp.float32)
-    return _vocab_loss(settings, hidden, embedding, target_ids, weights)
+    with jax.named_scope("head"):
+        return _vocab_loss(settings, hidden, embedding, target_ids, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

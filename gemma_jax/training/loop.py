@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+import optax
 
 from gemma_jax.errors import Interrupted, Preempted, UserError, require_fractions, require_positive
 from gemma_jax.progress import progress
@@ -131,19 +132,7 @@ def train(job: Job) -> Trained:
             state = jax.jit(lambda: begin(job.init_params()), out_shardings=shardings)()
 
         frozen = job.load_frozen()
-        step = jax.jit(
-            make_step(
-                job.objective,
-                optimizer,
-                join=job.join,
-                microbatches=job.config.microbatches,
-                ema_decay=job.config.ema_decay,
-                seed=job.seed,
-                shardings=shardings.params,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
+        step = jit_step(job, optimizer, shardings)
         records = read_metrics(job.folder)
         measured = any(r["step"] == job.num_steps and BEST_METRIC in r for r in records)
         if start < job.num_steps or not measured:
@@ -156,6 +145,24 @@ def train(job: Job) -> Trained:
         records = read_metrics(job.folder)
         metrics, best = _summary(records), checkpoints.best_step()
         return Trained(state.ema if ema else state.params, metrics, best)
+
+
+def jit_step(job: Job, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
+    """The step as the loop runs it: jitted, `(state, batch, frozen) -> (state, metrics)`, with the
+    state taken over; `shardings` are the state's."""
+    return jax.jit(
+        make_step(
+            job.objective,
+            optimizer,
+            join=job.join,
+            microbatches=job.config.microbatches,
+            ema_decay=job.config.ema_decay,
+            seed=job.seed,
+            shardings=shardings.params,
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
 
 
 def _run(

@@ -107,18 +107,20 @@ def make_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, sums = gradients(state.params, frozen, batch, rng)
         weight = jnp.maximum(sums["loss"][1], 1.0)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer and float scalars
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1 - ema_decay)
-        metrics = means(sums) | {
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
-            "update_norm": optax.tree.norm(updates),
-        }
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes integer and float scalars
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1 - ema_decay)
+            norms = {
+                "grad_norm": optax.tree.norm(grads),
+                "param_norm": optax.tree.norm(params),
+                "update_norm": optax.tree.norm(updates),
+            }
+        metrics = means(sums) | norms
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return step
