@@ -37,7 +37,8 @@ def tpu(arguments: argparse.Namespace) -> None:
     elif arguments.action == "run":
         job = _job(arguments, arguments.command)
         restarts = machines.run(place, job, arguments.max_restarts)
-        _tell(arguments, {"name": place.name, "restarts": restarts}, f"done; see {job.kept_in}")
+        value = {"name": place.name, "restarts": restarts}
+        _tell(arguments, value, _done(job, [place.name], arguments.zone))
     elif arguments.action == "sweep":
         job, points = _sweep(arguments)
         names = [f"{place.name}-{number}" for number in range(min(arguments.slices, len(points)))]
@@ -45,7 +46,7 @@ def tpu(arguments: argparse.Namespace) -> None:
         failed = machines.sweep(slices, job, points, arguments.max_restarts)
         if failed:
             raise UserError(f"these points failed, see above: {', '.join(failed)}.")
-        _tell(arguments, {"points": points}, f"done; see {job.kept_in}")
+        _tell(arguments, {"points": points}, _done(job, names, arguments.zone))
     elif arguments.action == "status":
         state = place.state()
         workers = place.ask_workers()[0] if state in ("ACTIVE", "UNKNOWN") else []
@@ -164,6 +165,11 @@ def _points(command: list[str]) -> list[str]:
     if listed.returncode:
         sys.exit(listed.returncode)  # it has said why
     return json.loads(listed.stdout)
+
+
+def _done(job: Any, names: list[str], zone: str) -> str:
+    lines = [f"done; see {job.kept_in}. Slices cost until they are deleted:"]
+    return "\n".join([*lines, *(f"  tpu delete {name} --zone {zone}" for name in names)])
 
 
 def _tell(arguments: argparse.Namespace, value: Any, text: str) -> None:

@@ -19,7 +19,8 @@ _INSTALL = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a program has printed, and its exit code."""
+    """What a program has printed, and its exit code. What is no UTF-8 (the log of a worker may be
+    cut within a letter) can be encoded again with surrogateescape."""
 
     code: int
     out: str
@@ -38,8 +39,9 @@ class Shell:
             print(shlex.join(argv))
             return Answer(code=0, out="", err="")
         require(argv[0])
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        return Answer(code=done.returncode, out=done.stdout, err=done.stderr)
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True)
+        out, err = (text.decode(errors="surrogateescape") for text in (done.stdout, done.stderr))
+        return Answer(code=done.returncode, out=out, err=err)
 
     def do(self, argv: Sequence[str], what: str) -> str:
         """Runs a program that has to succeed and returns its stdout; `what` says what it is for."""

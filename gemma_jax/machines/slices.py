@@ -188,7 +188,7 @@ class Slice:
         """Prints what the first worker's log has that was not printed before."""
         answer = self.shell.ask(self._ssh(f"{self._script('log')} {self._seen}", "0"))
         if not answer.code:
-            self._seen += len(answer.out.encode())
+            self._seen += len(answer.out.encode(errors="surrogateescape"))
             print(answer.out, end="", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

@@ -1,8 +1,8 @@
 """Jobs on slices of Cloud TPUs: watched to their end, and started again after a preemption."""
 
-import concurrent.futures
 import queue
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -31,8 +31,14 @@ def run(place: Slice, job: Job, max_restarts: int = 100) -> int:
                 f"{place.name} is a spot slice, which may be taken away with its disks; give a "
                 "place that stays: --bucket gs://..."
             )
-        if (_is_running(place, job) or _begin(place, job)) and _watch(place, job):
-            return restarts
+        try:
+            if (_is_running(place, job) or _begin(place, job)) and _watch(place, job):
+                return restarts
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{place.name} is not watched any more. What was started there goes on: the same "
+                f"command watches it again, `tpu stop {place.name} --zone {place.zone}` ends it."
+            ) from None
         place.say("was preempted; the same command goes on")
         time.sleep(3 * place.poll_s)  # a machine that was given notice still answers for a while
     raise UserError(
@@ -42,36 +48,39 @@ def run(place: Slice, job: Job, max_restarts: int = 100) -> int:
 
 
 def sweep(slices: Sequence[Slice], job: Job, points: Sequence[str], max_restarts: int) -> list[str]:
-    """Runs each point of a sweep on one of the slices; returns the points that failed.
+    """Runs each point of a sweep on one of the slices; returns the points that are not done.
 
     A slice takes the next point when it is done with one.
     """
-    left: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for point in points:
-        left.put(point)
-    failed: list[str] = []
-
-    def work(place: Slice) -> None:
-        while True:
-            try:
-                point = left.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                run(place, job.of_point(point), max_restarts)
-            except UserError as error:
-                print(f"{place.name}: point {point}: {error}", file=sys.stderr)
-                failed.append(point)
-
     if slices[0].shell.dry_run:
         for place, point in zip(slices, points, strict=False):
             run(place, job.of_point(point), max_restarts)
         slices[0].shell.note(f"and so on for {len(points)} points: {', '.join(points)}")
         return []
-    with concurrent.futures.ThreadPoolExecutor(len(slices)) as pool:
-        for done in [pool.submit(work, place) for place in slices]:
-            done.result()
-    return failed
+    left: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for point in points:
+        left.put(point)
+    missing = set(points)
+
+    def work(place: Slice) -> None:
+        while not left.empty():
+            try:
+                point = left.get_nowait()
+            except queue.Empty:  # another slice was faster
+                return
+            try:
+                run(place, job.of_point(point), max_restarts)
+                missing.remove(point)
+            except (UserError, Interrupted) as error:
+                print(f"{place.name}: point {point}: {error}", file=sys.stderr)
+
+    # Daemons: Ctrl-C ends the watching here, and what runs there goes on.
+    threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in slices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [point for point in points if point in missing]
 
 
 def _is_running(place: Slice, job: Job) -> bool:

@@ -159,8 +159,10 @@ def test_a_command_that_was_stopped_is_no_failure(cloud, run, job) -> None:
 def test_a_running_command_is_watched_and_another_one_refused(cloud, run, job) -> None:
     busy = says(job, *["running 0 0"] * 4)
     cloud.answer(rules(job) | {"worker.sh status": [busy, busy, says(job, *DONE)]})
-    code, _, err = run(f"{RUN} -- train mine.py")
+    code, out, err = run(f"{RUN} -- train mine.py")
     assert code == 0, err
+    assert out.startswith("done; see gs://mine/jobs/runs.")
+    assert out.endswith("  tpu delete demo --zone z\n")
     assert "start" not in cloud.verbs()
     cloud.answer(rules(job) | {"worker.sh status": [busy]})
     code, _, err = run(f"{RUN} -- train mine.py --set name=other")
@@ -201,6 +203,18 @@ def test_what_cloud_tpu_refuses_is_one_sentence(cloud, run, job, described, said
     code, _, err = run(f"{RUN} -- train mine.py")
     assert code == 2
     assert said in err.splitlines()[-1]
+
+
+def test_ctrl_c_leaves_the_command_alone(cloud, run, job, monkeypatch) -> None:
+    def ctrl_c(_: float) -> None:
+        raise KeyboardInterrupt
+
+    cloud.answer(rules(job, says(job, *["running 0 0"] * 4)))
+    monkeypatch.setattr("time.sleep", ctrl_c)
+    code, _, err = run(f"{RUN} -- train mine.py")
+    assert code == INTERRUPTED_CODE
+    assert "`tpu stop demo --zone z` ends it" in err
+    assert cloud.verbs()[-1] == "log"
 
 
 def test_setting_up_is_tried_again(cloud, run, job) -> None:
