@@ -20,7 +20,6 @@ JOBS = Path("runs/.jobs")
 _NOTICE_S = 120  # before the end of its time, a job is asked to save
 
 _SCRIPT = r"""#!/bin/bash
-# {words}
 code={code} logs={logs}
 cd "$code" || exit
 export GEMMA_JAX_EXTRA=${{GEMMA_JAX_EXTRA:-cuda}} PYTHONPATH=$code
