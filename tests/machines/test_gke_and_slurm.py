@@ -193,3 +193,11 @@ def test_the_script_shows_the_log_of_the_process_that_failed(script) -> None:
     first, second = out.splitlines()
     assert first == "process 1 of job 17_1 ended with exit code 4; the end of its log:"
     assert second.startswith("1: sweep mine.py")
+
+
+def test_the_script_hands_a_notice_on_and_waits_for_the_program(script, tmp_path: Path) -> None:
+    """SLURM sends SIGTERM to the script alone; here srun does, and ends as it is told."""
+    srun = "#!/bin/bash\ntrap 'sleep 0.2; exit 75' TERM\nkill -TERM $PPID\n"
+    (tmp_path / "slurm" / "srun").write_text(srun + "while :; do sleep 0.02; done\n")
+    code, out = script("")
+    assert (code, out.splitlines()[-1]) == (0, "scontrol requeue 17_1")
