@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gemma_jax.arguments_machines import add_machines
+
 TWO_WORDS = ("data build", "tokenizer train", "teacher verify")
 
 
@@ -144,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     _device_options(one)
 
     _verbs_of_what_is_made(verb)
+    add_machines(verbs.add_parser, _positive)
     return whole
 
 
@@ -157,6 +160,17 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     one = verb("sweep", "Run every point of an experiment file's SWEEP.")
     one.add_argument("file", help="experiment file")
     one.add_argument("--seeds", help="seeds instead of the file's, such as 0,1,2")
+    part = one.add_mutually_exclusive_group()
+    part.add_argument(
+        "--only", action="append", metavar="POINT", help="this point alone, without the tables"
+    )
+    part.add_argument("--list", action="store_true", help="print the points and run none")
+    part.add_argument(
+        "--collect",
+        metavar="RUNS",
+        help="run none: bring results from there (gs://... or a folder that holds runs) and make "
+        "the tables of what is finished",
+    )
     _settings_options(one)
     _device_options(one, mesh_too=False)
 

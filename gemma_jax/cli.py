@@ -1,7 +1,8 @@
 """The command line: a verb a function. Nothing here but calls and printing.
 
 Results go to stdout (one JSON value with --json), progress and messages to stderr. Exit codes: 0
-done, 2 bad input (one sentence says what and how to mend it), 130 interrupted with all work saved.
+done, 2 bad input (one sentence says what and how to mend it), 130 interrupted with all work saved,
+75 the same by SIGTERM: whoever started it should start it again.
 """
 
 import argparse
@@ -11,9 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_jax import cli_bench, cli_models, report
+from gemma_jax import cli_bench, cli_machines, cli_models, report
 from gemma_jax.arguments import parse, seed
-from gemma_jax.errors import Interrupted, UserError
+from gemma_jax.errors import (
+    INTERRUPTED_CODE,
+    PREEMPTED_CODE,
+    Interrupted,
+    Preempted,
+    UserError,
+)
 from gemma_jax.files import disk_errors
 from gemma_jax.process import (
     STOPPED,
@@ -33,6 +40,9 @@ _NEEDS = {
     "generate": "gemma_jax.completion",
     "import": "gemma_jax.exchange",
     "export": "gemma_jax.exchange",
+    "tpu": "gemma_jax.machines.tpu",  # no jax: these work on a laptop that has none of its devices
+    "gke": "gemma_jax.machines.gke",
+    "slurm": "gemma_jax.machines.slurm",
 }
 
 
@@ -55,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(PREEMPTED_CODE if isinstance(stop, Preempted) else INTERRUPTED_CODE)
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED_CODE)
     except BrokenPipeError:  # the reader of our output has gone: nothing left to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -162,10 +172,25 @@ def _teacher_verify(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from gemma_jax.sweep import markdown, run_sweep
+    from gemma_jax.sweep import markdown, run_sweep, tabulate
 
     sweep = _load_sweep(Path(arguments.file), arguments)
-    rows = run_sweep(sweep)
+    if arguments.list:
+        report.emit(arguments, list(sweep.points), "\n".join(sweep.points))
+        return
+    if arguments.only:
+        rows = run_sweep(sweep, arguments.only)
+        report.emit(arguments, rows, markdown(rows))
+        return
+    if arguments.collect is not None:
+        from gemma_jax.machines.results import collect
+        from gemma_jax.machines.shell import Shell
+        from gemma_jax.runs import RUNS
+
+        collect(arguments.collect, sweep.base.name, RUNS, Shell())
+        rows = tabulate(sweep)
+    else:
+        rows = run_sweep(sweep)
     text = f"{markdown(rows)}\n{sweep.folder}/results.csv, results.md, results.png"
     report.emit(arguments, rows, text)
 
@@ -297,4 +322,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": cli_models.export,
     "inspect": _inspect,
     "bench": cli_bench.bench,
+    "tpu": cli_machines.tpu,
+    "gke": cli_machines.gke,
+    "slurm": cli_machines.slurm,
 }

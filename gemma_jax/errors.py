@@ -37,3 +37,11 @@ def require_fractions(settings: Any, *names: str, below_one: bool = False) -> No
 
 class Interrupted(Exception):  # noqa: N818
     """Work stopped on request (Ctrl-C, SIGTERM), all saved; the message says how to go on."""
+
+
+class Preempted(Interrupted):
+    """It was SIGTERM, as machines say that they are about to be taken away."""
+
+
+INTERRUPTED_CODE = 130  # as shells say it: the user has stopped it, so nobody starts it again
+PREEMPTED_CODE = 75  # EX_TEMPFAIL: the same command, started again, goes on

@@ -111,20 +111,34 @@ def _spelled(value: Any, place: int, values: Sequence[Any]) -> str:
     return name if alone else f"{name}{place}"
 
 
-def run_sweep(sweep: Sweep) -> list[Row]:
+def run_sweep(sweep: Sweep, only: Sequence[str] = ()) -> list[Row]:
     """Runs what is not finished, and writes results.csv, results.md and results.png after each.
 
     Returns a row for each finished run, as in the tables: of other seeds too, if they were run
-    with the same settings.
+    with the same settings. With `only`, the sweep is shared among several jobs: those points alone
+    are run, and the tables are left to `tabulate`.
     """
+    if unknown := [point for point in only if point not in sweep.points]:
+        known = ", ".join(sweep.points)
+        raise UserError(f"there is no point '{unknown[0]}'; there are: {known}.")
     rows = []
-    for seed, point in itertools.product(sweep.seeds, sweep.points):
+    for seed, point in itertools.product(sweep.seeds, only or sweep.points):
         run(sweep.experiment(point, seed))
-        finished = finished_runs(sweep)
-        rows = [_row(one, result, name) for name, one, result in finished] + teacher_rows(sweep)
-        if jax.process_index() == 0:
-            _write(sweep, rows, finished)
+        rows = [row for row in _rows(sweep) if row["point"] in only] if only else tabulate(sweep)
     return rows
+
+
+def tabulate(sweep: Sweep) -> list[Row]:
+    """Writes results.csv, results.md and results.png of what is finished, and returns the rows."""
+    rows = _rows(sweep)
+    if jax.process_index() == 0:
+        _write(sweep, rows, finished_runs(sweep))
+    return rows
+
+
+def _rows(sweep: Sweep) -> list[Row]:
+    finished = finished_runs(sweep)
+    return [_row(one, result, name) for name, one, result in finished] + teacher_rows(sweep)
 
 
 def finished_runs(sweep: Sweep) -> list[Finished]:

@@ -1,5 +1,6 @@
 """A tiny experiment for tests of the command line, and the command as a process of its own."""
 
+import argparse
 import json
 import os
 import random
@@ -64,6 +65,15 @@ def without(name: str) -> Any:
         return json.dumps({k: x for k, x in json.loads(data).items() if k != name}).encode()
 
     return harm
+
+
+def options_of(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    """The long options of each of its verbs."""
+    (verbs,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
+    return {
+        name: {o for a in one._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
+        for name, one in verbs.items()
+    }
 
 
 def command(*argv: str) -> list[str]:

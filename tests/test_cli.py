@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import BUILD, EXPERIMENT, cut, edited, flipped, without, write_inputs
+from command_line import (
+    BUILD,
+    EXPERIMENT,
+    cut,
+    edited,
+    flipped,
+    options_of,
+    without,
+    write_inputs,
+)
 
 from gemma_jax import arguments, cli, report
 
@@ -28,7 +37,9 @@ OPTIONS = {
         *("--mesh", "--seq-len", *PROCESSES),
     },
     "teacher verify": {"--checkpoint", "--json", "--mesh", "--sample", *PROCESSES},
-    "sweep": {"--arg", "--json", "--seeds", "--set", *PROCESSES},
+    "sweep": {
+        *("--arg", "--collect", "--json", "--list", "--only", "--seeds", "--set", *PROCESSES),
+    },
     "eval": {
         *("--batch-size", "--batch-tokens", "--compute-dtype", "--data", "--json", "--limit"),
         *("--mesh", "--output", "--seq-len", "--source", "--tasks", "--text-field", *PROCESSES),
@@ -48,6 +59,9 @@ OPTIONS = {
         *("--preset", "--remat", "--repeats", "--rules", "--seq-len", "--set", "--shards"),
         *("--steps", "--sweep", "--window"),
     },
+    "tpu": set(),
+    "gke": set(),
+    "slurm": set(),
 }
 
 
@@ -164,18 +178,17 @@ def test_verbs_of_two_words_look_so_in_their_help(
     assert "  data build " in capsys.readouterr().out
 
 
+def test_the_points_of_a_sweep_are_listed(made: dict[str, Any]) -> None:
+    assert printed("sweep exp.py --list --json") == ["a", "b"]
+
+
 def test_one_point_is_trained_with_the_seed_that_is_set(made: dict[str, Any]) -> None:
     given = arguments.parse(["train", "exp.py", "--point", "a", "--set", "seed=3"])
     assert cli._load_sweep(Path("exp.py"), given).seeds == (3,)
 
 
 def test_verbs_and_options_are_frozen() -> None:
-    (verbs,) = (a.choices for a in arguments.parser()._actions if isinstance(a.choices, dict))
-    found = {
-        name: {o for a in one._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
-        for name, one in verbs.items()
-    }
-    assert found == OPTIONS
+    assert options_of(arguments.parser()) == OPTIONS
     assert cli._VERBS.keys() == OPTIONS.keys()
 
 
@@ -229,6 +242,9 @@ MISTAKES = {
     "train exp.py --set seed=99999999999999999999": "seed=99999999999999999999",
     "sweep nothing.py": "neither BASE",
     "sweep equal.py": "'a' and 'b' are equal",
+    "sweep exp.py --only c": "no point 'c'; there are: a, b",
+    "sweep exp.py --collect nowhere": "nowhere/tiny has no finished run",
+    "sweep exp.py --collect x --only a": "not allowed with",
     "sweep exp.py --seeds a,b": "--seeds 'a,b'",
     "sweep exp.py --seeds 0,0": "a seed twice",
     "sweep exp.py --set seed=3": "use --seeds 3",

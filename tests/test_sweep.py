@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from gemma_jax import sweep as sweeps
 from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
 from gemma_jax.experiment import Experiment, TeacherRun
+from gemma_jax.machines.results import collect
+from gemma_jax.machines.shell import Shell
 from gemma_jax.model.config import ModelConfig
-from gemma_jax.runs import claim, write_result
+from gemma_jax.runs import RUNS, claim, write_result
 from gemma_jax.settings import to_json
-from gemma_jax.sweep import Row, grid, markdown, points, run_sweep
+from gemma_jax.sweep import Row, grid, markdown, points, run_sweep, tabulate
 from gemma_jax.training.objective import Xent
 
 
@@ -226,3 +229,60 @@ def test_a_point_sets_neither_its_seed_nor_its_name(
 ) -> None:
     with pytest.raises(UserError, match=f"point 'a' sets {next(iter(setting))}"):
         points(base, a=setting)
+
+
+def test_points_are_shared_among_jobs_and_collected(
+    base: Experiment, ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job runs its point and writes no table; a folder that has all their runs gives it."""
+    monkeypatch.setattr(sweeps, "_plot", lambda *_: b"")
+    sweep = points(base, seeds=(0, 1), a={}, b={"model.attn_pattern": "L"})
+    for place in ("whole", "jobs", "here"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    rows = run_sweep(sweep)
+    monkeypatch.chdir(tmp_path / "jobs")
+    ran.clear()
+    assert [row["point"] for row in run_sweep(sweep, ["b"])] == ["b", "b"]
+    assert ran == ["base/b/seed0", "base/b/seed1"]
+    assert not (sweep.folder / "results.md").exists()
+    monkeypatch.chdir(tmp_path / "here")
+    source = str(tmp_path / "jobs" / "runs")
+    collect(source, "base", RUNS, Shell())
+    assert tabulate(sweep) == rows[2:]
+    monkeypatch.chdir(tmp_path / "jobs")
+    run_sweep(sweep, ["a"])
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(collect(source, "base", RUNS, Shell())) == 4
+    assert tabulate(sweep) == rows
+    table = (tmp_path / "whole/runs/base/results.md").read_text()
+    assert (sweep.folder / "results.md").read_text() == table
+    (sweep.folder / "a/seed0/result.json").rename(sweep.folder / "a/seed0/experiment.json")
+    with pytest.raises(UserError, match="a/seed0 holds a run that was begun here"):
+        collect(source, "base", RUNS, Shell())
+    with pytest.raises(UserError, match="else has no finished run"):
+        collect(source, "else", RUNS, Shell())
+    with pytest.raises(UserError, match="no point 'c'; there are: a, b"):
+        run_sweep(sweep, ["a", "c"])
+
+
+def test_results_come_from_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command, which leaves checkpoints and texts where they are."""
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(
+        '#!/bin/sh\nprintf "%s\\n" "$@" >"${0%/*}/said"\nfor last; do :; done\n'
+        '/bin/mkdir "$last/a" && echo "{}" >"$last/a/result.json"\n'
+    )
+    gcloud.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert collect("gs://mine/jobs/runs/", "base", tmp_path, Shell()) == [tmp_path / "base/a"]
+    assert (tmp_path / "base/a/result.json").read_text() == "{}\n"
+    *words, exclude, there, _ = (tmp_path / "said").read_text().splitlines()
+    assert words == ["storage", "rsync", "--recursive", "--quiet"]
+    assert there == "gs://mine/jobs/runs/base"
+    pattern = re.compile(exclude.removeprefix("--exclude="))
+    assert not any(map(pattern.match, ("a/seed0/result.json", "metrics.jsonl", "b/model.json")))
+    left = ("a/checkpoints/10/state/x", "a/my_result.json", "tokenizer.model", "a/results.md")
+    assert all(map(pattern.match, left))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from gemma_jax.errors import Interrupted, UserError, require_fractions, require_positive
+from gemma_jax.errors import Interrupted, Preempted, UserError, require_fractions, require_positive
 from gemma_jax.progress import progress
 from gemma_jax.settings import check_types
 from gemma_jax.sharding import Layout
@@ -100,8 +100,8 @@ class Trained:
 def train(job: Job) -> Trained:
     """Trains to `num_steps`, from the last checkpoint of the folder where there is one.
 
-    Ctrl-C or SIGTERM: finishes the step, saves, raises `Interrupted`. A resumed run repeats the
-    numbers of an uninterrupted one.
+    Ctrl-C or SIGTERM: finishes the step, saves, raises `Interrupted`, after SIGTERM `Preempted`. A
+    resumed run repeats the numbers of an uninterrupted one.
     """
     with job.layout.active(), contextlib.ExitStack() as stack:
         optimizer = job.optimizer.build(job.axes, job.num_steps)
@@ -208,7 +208,8 @@ def _run(
             advance(1, _note(values) if values else "")
             if stopping:
                 checkpoints.wait()
-                raise Interrupted(
+                kind = Preempted if stopping == signal.SIGTERM else Interrupted
+                raise kind(
                     f"{job.name} stopped at step {done} of {job.num_steps} and is saved; "
                     "the same command goes on from there."
                 )
@@ -299,17 +300,17 @@ def _summary(records: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as it always does."""
-    requested = False
+def _stop_requests() -> Iterator[Callable[[], int]]:
+    """Gives the number of the first SIGINT or SIGTERM, 0 before; a second one acts as always."""
+    requested = 0
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, frame: Any) -> None:
         nonlocal requested
-        requested = True
+        requested = number
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

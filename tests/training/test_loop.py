@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.errors import Interrupted, UserError
+from gemma_jax.errors import Interrupted, Preempted, UserError
 from gemma_jax.training.checkpoint import checkpoint_steps, load_params
 from gemma_jax.training.loop import train
 from gemma_jax.training.metrics import FILE, MetricsLog, read_metrics
@@ -28,14 +28,14 @@ def without_speeds(folder):
     ]
 
 
-def interrupting(step_of_interest):
+def interrupting(step_of_interest, number=signal.SIGINT):
     """An evaluation that asks for a stop the way Ctrl-C does, in the n-th call."""
     calls = []
 
     def evaluate(params):
         calls.append(None)
         if len(calls) == step_of_interest:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return {"bits_per_byte": 1.0, "loss": 1.0}
 
     return evaluate
@@ -98,6 +98,15 @@ def test_lost_metrics_of_a_finished_run_are_measured_again(make_job, kept):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
     assert train(make_job(evaluate=evaluate)).metrics["valid/bits_per_byte"] == 1.5
     assert read_metrics(make_job().folder)[-1]["step"] == 12
+
+
+def test_who_has_stopped_it_is_told(make_job):
+    """Ctrl-C is the user; SIGTERM is the machine, and the same command is to be started again."""
+    with pytest.raises(Preempted):
+        train(make_job(evaluate=interrupting(1, signal.SIGTERM)))
+    with pytest.raises(Interrupted) as stop:
+        train(make_job(evaluate=interrupting(1)))
+    assert not isinstance(stop.value, Preempted)
 
 
 def test_weights_and_biases_go_on_in_the_same_run(make_job, monkeypatch):
