@@ -61,9 +61,13 @@ echo "$@ in $PWD with $GEMMA_JAX_EXTRA" | tee runs/x/said
 touch runs/x/checkpoints/20/whole runs/x/checkpoints/30.orbax-checkpoint-tmp/half
 trap 'exit 130' INT
 trap 'exit 75' TERM
-if [[ $1 == wait ]]; then while :; do sleep 0.05; done; fi
+if [[ $1 == wait ]]; then exec PYTHON -c 'import signal, sys, time
+for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
+    signal.signal(number, lambda *_, code=code: sys.exit(code))
+while True:
+    time.sleep(0.05)'; fi
 exit "$2"
-"""
+""".replace("PYTHON", sys.executable)
 
 
 class Machine:
