@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,7 +68,7 @@ def generate(arguments: argparse.Namespace) -> None:
     )
     seeds = [arguments.seed + i for i in range(len(prompts))]
     if grammars:
-        bound = writer.complete_bound(
+        results: Sequence[Any] = writer.complete_bound(
             prompts,
             grammars,
             max_new_tokens=arguments.max_new_tokens,
@@ -77,10 +77,7 @@ def generate(arguments: argparse.Namespace) -> None:
             on_limit=arguments.on_limit,
             adapters=names,
         )
-        rows = [_row(*pair, arguments.logprobs) for pair in zip(prompts, bound, strict=True)]
-        report.emit(arguments, rows, "\n\n".join(map(_as_text, rows)))
-        return
-    if (
+    elif (
         len(prompts) == 1
         and isinstance(prompts[0], str)
         and not (arguments.json or arguments.logprobs)
@@ -97,14 +94,15 @@ def generate(arguments: argparse.Namespace) -> None:
         _write(pieces)
         print()
         return
-    results = writer.complete(
-        prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        seeds=seeds,
-        stop=arguments.stop,
-        adapters=names,
-    )
+    else:
+        results = writer.complete(
+            prompts,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            seeds=seeds,
+            stop=arguments.stop,
+            adapters=names,
+        )
     rows = [_row(*pair, arguments.logprobs) for pair in zip(prompts, results, strict=True)]
     report.emit(arguments, rows, "\n\n".join(map(_as_text, rows)))
 

@@ -210,7 +210,6 @@ def build(experiment: Experiment) -> Job:
     )
     if experiment.init is not None:
         tuned.check_init(experiment.init, config, source.tokenizer)
-    _check_vocabulary(experiment, source.tokenizer)
     if is_first():
         runs.describe_model(experiment.folder, config, source.tokenizer)
     return Job(

@@ -90,19 +90,19 @@ def profile(run: Callable[[], Any], program: Any) -> tuple[dict[str, float], flo
     text = program.as_text()
     parts = parts_of_instructions(text)
     module = text.partition(",")[0].removeprefix("HloModule ").strip()
-    times: collections.Counter[str] = collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)
     devices = set()
     for trace in traces:
         for plane, instruction, owner, nanoseconds in _quiet(_kernels(trace)):
             # Names of instructions are those of one program; others only place inputs.
             part = parts.get(instruction, OTHER) if owner == module else OTHER
             if part is not None:
-                times[part] += nanoseconds  # type: ignore[assignment]
+                times[part] += nanoseconds
                 devices.add(plane)
     total = sum(times.values())
     if not total:
         return None
-    shares = {part: times[part] / total for part in (*_SCOPES, OTHER) if times[part]}
+    shares = {part: times[part] / total for part in (*_SCOPES, OTHER) if part in times}
     return shares, total / 1e9 / (seconds * len(devices))
 
 

@@ -26,8 +26,8 @@ class BoundCompletion(NamedTuple):
     """A completion under a grammar.
 
     `logprobs` are the model's own, in nats, None for tokens that it did not draw. `ending` says how
-    it came to its end: "complete", "closed" (the limit was near, and the shortest way out that was
-    found took the place of what did not fit) or "cut" (by the limit; the text is no whole one).
+    it came to its end: "complete", "closed" (the limit was near, and a way to an end that fits
+    took the place of what does not) or "cut" (by the limit; the text is no whole one).
     """
 
     text: str

@@ -1,7 +1,7 @@
 """What a text may be: a JSON schema, a regular expression or a Lark grammar, token by token.
 
 llguidance (Microsoft, MIT) does the parsing: from the bytes of every piece it says which tokens may
-follow. What is added here is the shortest way to an end, for texts that run into a limit.
+follow. What is added here is a way to an end, for texts that run into a limit.
 """
 
 import json
@@ -98,24 +98,16 @@ class GrammarTokenizer:
         """`vocab_size` is the model's, which may have more rows than there are pieces."""
         names = {number: name for name, number in tokenizer.control_ids.items()}
         pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-        self._tokens = [names[i].encode() if i in names else x for i, x in enumerate(pieces)]
         self._tokenizer = tokenizer
+        # What llguidance asks of a tokenizer, besides that it can be called.
+        self.eos_token_id, self.bos_token_id = EOS, BOS
+        self.tokens = [names[i].encode() if i in names else x for i, x in enumerate(pieces)]
+        self.special_token_ids = sorted(names)
         self.enders = _Enders({x[0]: i for i, x in enumerate(pieces) if len(x) == 1})
         self.vocab_size = vocab_size
         self.inner = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(self), n_vocab=vocab_size, eos_token=[EOS, END_OF_TURN]
         )
-
-    # What llguidance asks of a tokenizer.
-    eos_token_id, bos_token_id = EOS, BOS
-
-    @property
-    def tokens(self) -> list[bytes]:
-        return self._tokens
-
-    @property
-    def special_token_ids(self) -> list[int]:
-        return sorted(self._tokenizer.control_ids.values())
 
     def __call__(self, text: str | bytes) -> list[int]:
         if isinstance(text, bytes):
