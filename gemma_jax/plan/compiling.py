@@ -52,6 +52,9 @@ def devices_of(hardware: Hardware) -> list[Any]:
             "...`, or give --device, such as --device "
             f"{hardware.chip.name}:{hardware.size}, for the figures that need no compiler."
         )
+    # A compiler needs no chip: other processes may have theirs, and nobody need be asked which.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     name = f"{hardware.chip.name}:{'x'.join(map(str, hardware.shape))}"
     options = {"num_slices": hardware.slices} if hardware.slices > 1 else {}
     try:
