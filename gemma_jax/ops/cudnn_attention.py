@@ -20,6 +20,11 @@ from gemma_jax.ops.masks import MaskSpec
 
 MAX_DOCUMENTS = 64  # of a sequence; each costs a few empty blocks of the kernel's grid
 
+_TENSORS = (
+    *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"),
+    *("page_table_k", "page_table_v"),
+)
+
 type _Run = Callable[[Array, Array, Array, MaskSpec], Array]
 
 
@@ -83,9 +88,7 @@ def documents(ids: Int[Array, "B T"], most: int) -> Documents:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _packed(
-    otherwise: _Run, window: int | None, q: Array, k: Array, v: Array, ids: Array
-) -> Array:
+def _packed(otherwise: _Run, window: int | None, q: Array, k: Array, v: Array, ids: Array) -> Array:
     return _forward(otherwise, window, q, k, v, ids)[0]
 
 
@@ -118,8 +121,8 @@ def _backward(
         )[:3]
 
     def other(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, Array, Array]:
-        run = functools.partial(otherwise, spec=_spec(window, ids))
-        return jax.vjp(lambda q, k, v: run(q, k, v), q, k, v)[1](gradient)
+        spec = _spec(window, ids)
+        return jax.vjp(lambda q, k, v: otherwise(q, k, v, spec), q, k, v)[1](gradient)
 
     return *jax.lax.cond(found.complete, fused, other, q, k, v, gradient), None
 
@@ -180,8 +183,6 @@ def _rule(
     rule = getattr(cudnn, name)
     names = inspect.signature(rule).parameters
     if "res" in names:
-        tensors = ("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets")
-        tensors += ("kv_offsets", "page_table_k", "page_table_v")
         own = ((),) if "score_mod" in names else ()
-        given["res"] = (*(given[one] for one in tensors), *own, statistic, out)
+        given["res"] = (*(given[one] for one in _TENSORS), *own, statistic, out)
     return rule(**{one: given[one] for one in names})

@@ -1,4 +1,4 @@
-"""Exponentials of logits on Hopper GPUs, made where the matmul's accumulator still lies in registers.
+"""Exponentials of logits on Hopper GPUs, made while the logits still lie in registers.
 
 XLA writes the logits [n, V] in float32 and reads them back for their maximum, their sum of
 exponentials and their gradient: three times the traffic of all else that the head does. Here a
@@ -104,7 +104,9 @@ def _kernel(
     rows, columns, depth = tiles.rows, tiles.columns, tiles.depth
     block_rows, block_columns = tiles.block
     counts = hidden.shape[0] // block_rows, table.shape[0] // block_columns
-    layout = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
+    tiling: Any = plgpu.TilingTransform  # type checkers take both for abstract
+    swizzle: Any = plgpu.SwizzleTransform
+    layout = (tiling((8, _SWIZZLE // 2)), swizzle(_SWIZZLE))
 
     def pipeline(body: Any, context: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
@@ -142,6 +144,8 @@ def _kernel(
         def _tile(loop: Any) -> None:
             i, j = plgpu.planar_snake(loop.index[0], counts, 0, tiles.band)
             row, column = i * block_rows, j * block_columns
+            own_rows: Any
+            own_columns: Any
             if tiles.side_by_side:
                 own_rows, own_columns = slice(None), pl.ds(group * columns, columns)
                 first_row, first_column = row, column + group * columns

@@ -25,7 +25,7 @@ def inputs(seed=0, scale=0.3):
 
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_kernel(side_by_side):
-    hidden, table, ids, _ = inputs()
+    hidden, table, *_ = inputs()
     hidden = hidden[:256]
     z = hidden @ table.T
     shift = z[:, 7].astype(np.float32)
