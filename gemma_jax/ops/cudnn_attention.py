@@ -4,7 +4,7 @@
 the beginnings and lengths of the documents of a batch ("ragged" tensors), through a module of JAX
 that is not public. How many documents a sequence can hold at most is part of the program, and
 which tokens belong together is known only when it runs; sequences that hold more than
-`MAX_DOCUMENTS`, or one document in several pieces, are given to another backend by a `cond`.
+`most_documents`, or one document in several pieces, are given to another backend by a `cond`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.ops.masks import MaskSpec
 
-MAX_DOCUMENTS = 64  # of a sequence; each costs a few empty blocks of the kernel's grid
+_TOKENS_A_DOCUMENT = 32  # at least, on average over a sequence
 
 _TENSORS = (
     *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"),
@@ -70,21 +70,27 @@ class Documents(NamedTuple):
     complete: Bool[Array, ""]
 
 
+def most_documents(length: int) -> int:
+    """Of a sequence; each that might be there costs a few empty blocks of the kernel's grid."""
+    return max(16, length // _TOKENS_A_DOCUMENT)
+
+
 def documents(ids: Int[Array, "B T"], most: int) -> Documents:
-    """Runs of equal segment ids. They are complete where no id has two runs: ids rise, and may
-    fall to 0 (padding) for the rest of the sequence."""
+    """Runs of equal segment ids; complete if they are at most `most`, and no id has two."""
     T = ids.shape[1]
-    steps = jnp.diff(ids, axis=1)
-    begins = jnp.pad(steps != 0, ((0, 0), (1, 0)), constant_values=True)
+    begins, differ = (
+        jnp.pad(jnp.diff(x, axis=1) != 0, ((0, 0), (1, 0)), constant_values=True)
+        for x in (ids, jnp.sort(ids, axis=1))
+    )
     places = jnp.where(begins, jnp.arange(T, dtype=jnp.int32), T)
     ordered = jnp.sort(places, axis=1)[:, : most + 1]
     ordered = jnp.pad(ordered, ((0, 0), (0, max(0, most + 1 - T))), constant_values=T)
     exists = ordered[:, :most] < T
     lengths = jnp.where(exists, ordered[:, 1:] - ordered[:, :-1], -1)
     starts = jnp.where(ordered < T, ordered, -1).at[:, most].set(-1)
-    in_order = (steps >= 0) | (ids[:, 1:] == 0)
-    complete = (begins.sum(axis=1) <= most).all() & in_order.all()
-    return Documents(starts, lengths, complete)
+    runs = begins.sum(axis=1)
+    complete = (runs <= most) & (runs == differ.sum(axis=1))
+    return Documents(starts, lengths, complete.all())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -95,7 +101,7 @@ def _packed(otherwise: _Run, window: int | None, q: Array, k: Array, v: Array, i
 def _forward(
     otherwise: _Run, window: int | None, q: Array, k: Array, v: Array, ids: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    found = documents(ids, min(MAX_DOCUMENTS, ids.shape[1]))
+    found = documents(ids, most_documents(ids.shape[1]))
 
     def fused(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         out, residuals = _rule("_dot_product_attention_fwd_rule", window, q, k, v, found)
@@ -113,7 +119,7 @@ def _backward(
     otherwise: _Run, window: int | None, residuals: tuple[Array, ...], gradient: Array
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, ids, out, statistic = residuals
-    found = documents(ids, min(MAX_DOCUMENTS, ids.shape[1]))
+    found = documents(ids, most_documents(ids.shape[1]))
 
     def fused(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, Array, Array]:
         return _rule(
@@ -177,6 +183,7 @@ def _rule(
         "sliding_window_length": window,
         "score_mod": None,
         "cudnn_version": cudnn.check_cudnn_version(),
+        "is_training": True,
         "return_residual": False,
         "grad_output": gradient,
     }

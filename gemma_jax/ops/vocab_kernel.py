@@ -26,7 +26,7 @@ from jaxtyping import Array, BFloat16, Float32
 
 _LOG2_E = math.log2(math.e)
 _SWIZZLE = 128  # bytes; 64 bfloat16
-_COLUMNS = 64  # of an output tile that leaves at once
+_PIECE = 64  # rows and columns of an output tile that leave at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,10 @@ class Tiles:
     rows: int = 128
     columns: int = 128
     depth: int = 64
-    steps: int = 4
+    steps: int = 3
     band: int = 8
     side_by_side: bool = False
+    slots: int = 2  # pieces of the output under way
 
     @property
     def block(self) -> tuple[int, int]:
@@ -131,7 +132,7 @@ def _kernel(
     @functools.partial(
         pl.run_scoped,
         buffers=pipeline(nothing, nothing).get_allocations(hidden, table),
-        staged=plgpu.SMEM((2, 2, rows, _COLUMNS), jnp.bfloat16, transforms=layout),
+        staged=plgpu.SMEM((2, tiles.slots, _PIECE, _PIECE), jnp.bfloat16, transforms=layout),
         own_shift=plgpu.SMEM((2, rows), jnp.float32),
         statistics=plgpu.SMEM((2, 2, rows), jnp.float32),
         arrived=plgpu.Barrier(num_barriers=2),
@@ -171,17 +172,23 @@ def _kernel(
                     statistics[group, 0] = p.sum(axis=1)
                     statistics[group, 1] = z.max(axis=1)
                     rounded = p.astype(jnp.bfloat16)
-                    at = pl.ds(first_row, rows)
-                    for part in range(columns // _COLUMNS):
-                        slot = part % 2
-                        if part >= 2:
-                            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        staged[group, slot] = rounded[:, part * _COLUMNS : (part + 1) * _COLUMNS]
+                    pieces = [(r, c) for r in range(rows // _PIECE) for c in range(columns // _PIECE)]
+                    for number, (r, c) in enumerate(pieces):
+                        slot = number % tiles.slots
+                        if number >= tiles.slots:
+                            plgpu.wait_smem_to_gmem(tiles.slots - 1, wait_read_only=True)
+                        staged[group, slot] = rounded[
+                            r * _PIECE : (r + 1) * _PIECE, c * _PIECE : (c + 1) * _PIECE
+                        ]
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(
                             staged.at[group, slot],
-                            out.at[at, pl.ds(first_column + part * _COLUMNS, _COLUMNS)],
+                            out.at[
+                                pl.ds(first_row + r * _PIECE, _PIECE),
+                                pl.ds(first_column + c * _PIECE, _PIECE),
+                            ],
                         )
+                    at = pl.ds(first_row, rows)
                     place = first_column // columns
                     plgpu.copy_smem_to_gmem(statistics.at[group, 0], sums.at[place, at])
                     plgpu.copy_smem_to_gmem(statistics.at[group, 1], tops.at[place, at])
