@@ -37,7 +37,7 @@ _NEEDS = {
     "tokenizer train": "gemma_jax.data.tokens",
     "inspect": "gemma_jax.runs",
     "bench": "gemma_jax.bench.run",
-    "plan": "gemma_jax.plan.run",
+    "plan": "gemma_jax.plan.search",
     "generate": "gemma_jax.completion",
     "import": "gemma_jax.exchange",
     "export": "gemma_jax.exchange",

@@ -10,7 +10,7 @@ from gemma_jax.errors import Interrupted, UserError
 def plan(arguments: argparse.Namespace, experiment: Any) -> None:
     import jax
 
-    from gemma_jax.plan import run, table
+    from gemma_jax.plan import run, search, table
     from gemma_jax.plan.chips import parse_device, parse_topology
     from gemma_jax.plan.programs import Task
 
@@ -28,14 +28,14 @@ def plan(arguments: argparse.Namespace, experiment: Any) -> None:
             hardware = parse_topology(arguments.topology, arguments.slices)
             compiles = True
         if arguments.search:
-            plans = run.search(task, hardware, arguments.count, compiles=compiles)
+            plans = search.search(task, hardware, arguments.count, compiles=compiles)
             best = f"\nthe first: {table.settings(plans[0])}" if plans else ""
             report.emit(arguments, plans, table.ranking(plans) + best)
             return
         found = run.plan(task, hardware) if compiles else run.estimate(task, hardware)
         text = table.text(found)
         if compiles and not found["memory"]["fits"]:
-            tried, fits = run.mend(task, hardware)
+            tried, fits = search.mend(task, hardware)
             found["tried"] = tried
             text += "\n\n" + table.advice(tried, fits)
         report.emit(arguments, found, text)

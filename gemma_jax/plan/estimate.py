@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from gemma_jax.model.cache import cache_bytes
 from gemma_jax.plan.chips import Hardware
 from gemma_jax.plan.memory import Memory, part_bytes
 from gemma_jax.plan.programs import Task, parts_of
@@ -40,6 +41,8 @@ def estimate_memory(task: Task, layout: Layout) -> Memory:
     )
     plain: Any = dataclasses.replace(task, experiment=experiment)
     parts = _parts(plain, layout.mesh, layout.rules)
+    if task.kind == "decode":
+        parts = parts | {"cache": _cache(task, layout)}
     temporary = sum(_temporaries(task, layout, parts).values())
     return Memory(parts, sum(parts.values()), round(temporary), 0)
 
@@ -47,6 +50,13 @@ def estimate_memory(task: Task, layout: Layout) -> Memory:
 @functools.lru_cache(maxsize=256)
 def _parts(task: Task, mesh: AbstractMesh, rules: ShardingRules) -> dict[str, int]:
     return part_bytes(parts_of(task, Layout(mesh, rules)))  # type: ignore[arg-type]
+
+
+def _cache(task: Task, layout: Layout) -> int:
+    """Keys and values on one chip: split by sequences, and by kv heads or slots."""
+    split = layout.batch_size_multiple
+    rows = task.rows // split if task.rows % split == 0 else task.rows
+    return rows * sum(cache_bytes(task.model, task.seq_len)) // _tensor(layout)
 
 
 def _temporaries(task: Task, layout: Layout, parts: dict[str, int]) -> dict[str, float]:

@@ -60,10 +60,11 @@ def _memory(plan: Plan) -> list[str]:
 
 def _work(plan: Plan) -> list[str]:
     flops, sent, chips = plan["flops"], plan["bytes"], plan["chips"]
+    traced = ", as traced" if plan["compiled"] else ""
     lines = [
         "a step, of each chip",
         f"  {'FLOPs that the model needs':<38}{flops['model'] / chips / 1e12:>10.3f} T",
-        f"  {'FLOPs of its matmuls, as traced':<38}{flops['executed'] / chips / 1e12:>10.3f} T",
+        f"  {'FLOPs of its matmuls' + traced:<38}{flops['executed'] / chips / 1e12:>10.3f} T",
     ]
     if flops.get("xla_per_chip"):
         lines.append(f"  {'FLOPs by XLA, loops once':<38}{flops['xla_per_chip'] / 1e12:>10.3f} T")

@@ -136,6 +136,34 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert one.sent == 32 * 4 * 3 / 4
 
 
+def test_a_collective_beside_other_work_is_one():
+    """The compiler of TPUs spreads it over the fusions that it runs beside."""
+    program = """
+%beside.1 (a: bf16[1,16,512]) -> bf16[1,128,512] {
+  %g.1 = bf16[1,128,512]{2,1,0:T(8,128)(2,1)} all-gather(%a), channel_id=18, \
+replica_groups=mesh['fsdp'=8] {'fsdp'}, dimensions={1}
+}
+
+%beside.2 (a: bf16[1,16,512]) -> bf16[1,128,512] {
+  %g.2 = bf16[1,128,512]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%a), channel_id=18, \
+replica_groups=mesh['fsdp'=8] {'fsdp'}, dimensions={1}
+}
+
+%all-reduce-scatter.3 (a: bf16[128,64]) -> bf16[16,64] {
+  %r = bf16[128,64]{1,0} all-reduce(%a), channel_id=19, replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+ENTRY %main (x: bf16[1,16,512]) -> bf16[16,64] {
+  %f.1 = bf16[1,128,512]{2,1,0} fusion(%x), kind=kCustom, calls=%beside.1
+  %f.2 = bf16[1,128,512]{2,1,0} fusion(%f.1), kind=kCustom, calls=%beside.2
+  ROOT %f.3 = bf16[16,64]{1,0} fusion(%f.2), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+    gathered, scattered = Program(program, 8).collectives()
+    assert (gathered.kind, gathered.bytes, gathered.times) == ("all-gather", 128 * 512 * 2, 1)
+    assert (scattered.kind, scattered.sent) == ("reduce-scatter", 128 * 64 * 2 * 7 / 8)
+
+
 def test_slices_send_their_shares_over_the_network(mesh):
     """An all-reduce over two slices of four chips: a ring within each, and of each chip's quarter
     one across."""

@@ -12,7 +12,7 @@ from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
 from gemma_jax.experiment import Experiment, TeacherRun
 from gemma_jax.model.config import tiny
-from gemma_jax.plan import compiling, run, table
+from gemma_jax.plan import compiling, run, search, table
 from gemma_jax.plan.chips import CHIPS, Hardware, parse_device, parse_topology
 from gemma_jax.plan.estimate import abstract_layout, estimate_memory
 from gemma_jax.plan.memory import memory_of
@@ -141,14 +141,14 @@ def test_estimates_hold_what_a_step_is_given_exactly():
 
 
 def test_a_search_ranks(here):
-    plans = run.search(Task("train", BASE), EIGHT, 3, compiles=True)
+    plans = search.search(Task("train", BASE), EIGHT, 3, compiles=True)
     assert len(plans) == 3
     assert len({run.short(one) for one in plans}) == 3
     steps = [one["seconds"]["step"] for one in plans]
     assert all(one["memory"]["fits"] for one in plans)
     assert steps == sorted(steps) or len(set(steps)) > 1
     assert table.ranking(plans).count("\n") == 3
-    everything = run.search(Task("train", BASE), EIGHT, 100, compiles=False)
+    everything = search.search(Task("train", BASE), EIGHT, 100, compiles=False)
     rules = {one["mesh"]["rules"] for one in everything}
     assert rules == {"dp", "fsdp", "fsdp_tp"}
     assert {one["remat"] for one in everything} == {"none", "dots", "full"}
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_mended(here):
     small = dataclasses.replace(CHIPS["v5e"], memory=min(need, guess) * 0.9)
     tight = Hardware(small, (2, 4))
     assert not run.plan(task, tight)["memory"]["fits"]
-    tried, fits = run.mend(task, tight, tries=4)
+    tried, fits = search.mend(task, tight, tries=4)
     assert fits
     assert tried[-1]["memory"]["fits"]
     assert tried[-1]["memory"]["total"] <= small.memory
