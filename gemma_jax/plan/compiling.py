@@ -10,8 +10,11 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from gemma_jax.plan.memory import Memory, memory_of, part_bytes
 from gemma_jax.plan.programs import Traced
 
 _REFUSED = re.compile(r"\((\d+(?:\.\d+)?)([KMG]?)\) exceeds available HBM")
+_TELL_EVERY_S = 20.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -77,7 +81,7 @@ def compile_step(traced: Traced, hardware: Hardware) -> Compiled:
     if place.exists():
         kept = read_json(place, "what a compiler said of a program")
     else:
-        kept = _compile(lowered, traced, hardware.size)
+        kept = _compile(lowered, traced, hardware)
         write_json(place, kept)
     memory = Memory(parts=part_bytes(traced.parts), **kept["memory"])
     found = (Collective(**one | {"groups": np.array(one["groups"])}) for one in kept["collectives"])
@@ -86,11 +90,11 @@ def compile_step(traced: Traced, hardware: Hardware) -> Compiled:
     return Compiled(memory=memory, collectives=tuple(found), **own)
 
 
-def _compile(lowered: Any, traced: Traced, num_chips: int) -> dict[str, Any]:
+def _compile(lowered: Any, traced: Traced, hardware: Hardware) -> dict[str, Any]:
     began = time.monotonic()
     try:
-        with _quiet(), _no_cache():
-            compiled = lowered.compile()
+        with _no_cache():
+            compiled = _while_telling(lowered.compile, f"compiling for {hardware}")
     except jax.errors.JaxRuntimeError as error:
         match = _REFUSED.search(str(error))
         if match is None:
@@ -106,7 +110,7 @@ def _compile(lowered: Any, traced: Traced, num_chips: int) -> dict[str, Any]:
             "seconds": time.monotonic() - began,
         }
     memory, cost = memory_of(compiled, traced.parts), compiled.cost_analysis()
-    program = Program(compiled.as_text(), num_chips)
+    program = Program(compiled.as_text(), hardware.size)
     return {
         "memory": {name: getattr(memory, name) for name in ("arguments", "temporary", "program")},
         "refused": False,
@@ -117,6 +121,28 @@ def _compile(lowered: Any, traced: Traced, num_chips: int) -> dict[str, Any]:
         ],
         "seconds": time.monotonic() - began,
     }
+
+
+def _while_telling[T](run: Callable[[], T], label: str) -> T:
+    """What `run` gives. It runs in a thread of its own, which ends with the process: a compiler
+    knows nothing of Ctrl-C. Nobody knows how long it takes, so a line now and then says that it
+    goes on."""
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(run())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    began = told = time.monotonic()
+    threading.Thread(target=work, daemon=True).start()
+    while not outcome.done():
+        wait([outcome], timeout=0.5)
+        if time.monotonic() - told >= _TELL_EVERY_S:
+            told = time.monotonic()
+            print(f"{label}: {told - began:.0f} s", file=sys.stderr, flush=True)
+    return outcome.result()
 
 
 def versions() -> dict[str, str]:
