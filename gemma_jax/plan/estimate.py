@@ -105,16 +105,18 @@ def estimate_traffic(task: Task, layout: Layout, hardware: Hardware, stored: int
     whole = stored * fsdp
     train = task.kind == "train"
     turns = task.experiment.train.microbatches if train else 1
-    inner = data // hardware.slices
+    slices = hardware.slices
+    inner = max(1, data // slices)
     links = whole * width / 4 * (fsdp - 1) / fsdp * (2 if train else 1) * turns
     network = 0.0
     if train:
         links += whole * (fsdp - 1) / fsdp * turns + 2 * stored * (inner - 1) / inner * turns
-        slices = hardware.slices
         network = 2 * stored / inner * (slices - 1) / slices * turns
     tokens = task.tokens / layout.batch_size_multiple
     sums = 4 if train else 2
     links += sums * c.num_layers * 2 * tokens * c.embed_dim * width * (split - 1) / split
+    if data % slices:  # what is gathered and scattered crosses, too
+        network += links * (slices - 1) / slices
     return Traffic(links, network, {})
 
 

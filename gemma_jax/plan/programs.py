@@ -38,6 +38,14 @@ class Task:
     experiment: Experiment
     rows: int = 1
 
+    def __post_init__(self) -> None:
+        objective = self.experiment.objective
+        if self.kind == "teacher" and isinstance(objective, Distill) and self.teacher is None:
+            raise UserError(
+                f"objective.shards={objective.shards!r} does not say who teaches; plan the "
+                "teacher's own experiment, or give a TeacherRun."
+            )
+
     @property
     def teacher(self) -> TeacherRun | None:
         """The job of a distillation's teacher; of another experiment, its own model teaches."""

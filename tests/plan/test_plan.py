@@ -130,6 +130,15 @@ def test_microbatches_and_remat_need_less(here):
         assert need["cut"] < need["plain"]
 
 
+def test_estimates_of_several_hosts():
+    task = Task("train", dataclasses.replace(BASE, mesh=MeshConfig(data=-1, fsdp=4)))
+    one, two = (run.estimate(task, parse_device(f"h100:{n}"))["bytes"] for n in (8, 16))
+    assert one["network"] == 0 < two["network"]
+    over_both = dataclasses.replace(task.experiment, mesh=MeshConfig(data=1, fsdp=16))
+    gathered = run.estimate(Task("train", over_both), parse_device("h100:16"))["bytes"]
+    assert gathered["network"] > two["network"]
+
+
 def test_estimates_hold_what_a_step_is_given_exactly():
     task = Task("train", TAUGHT)
     estimated = estimate_memory(task, abstract_layout(task, EIGHT))
@@ -200,6 +209,7 @@ def test_the_command(here, monkeypatch, capsys):
         ("--topology v5e:2x4 --set batch_tokens=96", "does not divide by the 8 devices"),
         ("--topology v5e:2x4 --step decode --rows 3", "power of two"),
         ("--topology v5e:2x4 --point c", "there is no point 'c'"),
+        ("--topology v5e:2x4 --step teacher --set objective=Distill(shards='s')", "who teaches"),
     ],
 )
 def test_wrong_input_gets_a_sentence(here, monkeypatch, capsys, options, words):

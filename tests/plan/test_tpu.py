@@ -36,9 +36,8 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "compilation_cache", lambda: tmp_path / "jax" / "cpu")
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
-def test_the_real_step_for_one_slice(topology):
-    found = run.plan(Task("train", BASE), parse_topology(topology))
+def test_the_real_step_for_one_slice():
+    found = run.plan(Task("train", BASE), parse_topology("v5e:2x4"))
     memory = found["memory"]
     assert memory["fits"]
     assert memory["temporary"] > 0
@@ -62,12 +61,6 @@ def test_gradients_alone_cross_slices():
     # summed; the compiler may sum in bfloat16. Norms and metrics are few numbers more.
     stored = found["memory"]["parameters"]
     assert stored / 2 <= found["bytes"]["network"] <= stored * 1.2
-
-
-def test_decoding():
-    found = run.plan(Task("decode", BASE, rows=8), parse_topology("v5e:2x4"))
-    assert found["memory"]["cache"] > 0
-    assert found["bound"] in ("memory", "links")
 
 
 def test_what_the_compiler_refuses_does_not_fit():
