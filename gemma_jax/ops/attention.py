@@ -139,11 +139,30 @@ def _cudnn(
             f"cuDNN has no attention for {q.dtype} queries {q.shape}, keys {k.shape} and "
             f"softcap={softcap}"
         )
-    return cudnn_attention(q, k, v, spec, otherwise=_plain_banded)
+    return cudnn_attention(q, k, v, spec, otherwise=_query_blocks)
 
 
-def _plain_banded(q: Array, k: Array, v: Array, spec: MaskSpec) -> Float[Array, "B T N H"]:
-    return _banded(q, k, v, spec, None)
+def _query_blocks(q: Array, k: Array, v: Array, spec: MaskSpec) -> Float[Array, "B T N H"]:
+    """Exact, slow and a small program: a loop over blocks of queries, each against all keys."""
+    B, T, N, H = q.shape
+    count = math.ceil(T / _DENSE_UP_TO)
+    pad = count * _DENSE_UP_TO - T
+
+    def blocks(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(B, count, _DENSE_UP_TO, *x.shape[2:]), 1, 0)
+
+    def one(block: tuple[Array, Array, Array]) -> Array:
+        part, positions, ids = block
+        mask = dense_mask(
+            dataclasses.replace(spec, q_positions=positions, q_segment_ids=ids), _DENSE_UP_TO, T
+        )
+        return _attend(part, k, v, mask, None)
+
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    ids = jnp.ones_like(positions) if spec.q_segment_ids is None else spec.q_segment_ids
+    out = jax.lax.map(one, (blocks(q), blocks(positions), blocks(ids)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, count * _DENSE_UP_TO, N, H)[:, :T]
 
 
 def _banded(

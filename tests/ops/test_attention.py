@@ -67,6 +67,19 @@ def test_values(backend, window, packed):
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_cudnn_leaves_to_a_loop_over_queries(window):
+    q, k, v, segments = make_inputs(30, True)
+    segments[0, 4] = segments[0, 20]  # a document in two pieces
+    expected = oracle(q, k, v, window=window, segments=segments, softcap=None)
+    ids = jnp.asarray(segments)
+    spec = MaskSpec(window=window, q_segment_ids=ids, k_segment_ids=ids)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    got = jax.jit(attention_module._query_blocks)(*arrays, spec)
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 12])
 def test_gradients_of_banded_equal_those_of_reference(window, packed):
