@@ -11,6 +11,10 @@ def on_gpu() -> bool:
     return getattr(_device(), "platform", None) == "gpu"
 
 
+def on_tpu() -> bool:
+    return getattr(_device(), "platform", None) == "tpu"
+
+
 def on_hopper() -> bool:
     return getattr(_device(), "compute_capability", None) == "9.0"
 
