@@ -37,10 +37,10 @@ class Tiles:
     rows: int = 128
     columns: int = 128
     depth: int = 64
-    steps: int = 3
+    steps: int = 4
     band: int = 8
-    side_by_side: bool = False
-    slots: int = 2  # pieces of the output under way
+    side_by_side: bool = True
+    slots: int = 1  # pieces of the output under way
 
     @property
     def block(self) -> tuple[int, int]:
@@ -172,7 +172,9 @@ def _kernel(
                     statistics[group, 0] = p.sum(axis=1)
                     statistics[group, 1] = z.max(axis=1)
                     rounded = p.astype(jnp.bfloat16)
-                    pieces = [(r, c) for r in range(rows // _PIECE) for c in range(columns // _PIECE)]
+                    pieces = [
+                        (r, c) for r in range(rows // _PIECE) for c in range(columns // _PIECE)
+                    ]
                     for number, (r, c) in enumerate(pieces):
                         slot = number % tiles.slots
                         if number >= tiles.slots:
