@@ -24,6 +24,9 @@ def count_flops(jaxpr: Any) -> int:
             total += inner * eqn.params["length"]
         elif name == "cond":
             total += max(map(count_flops, _jaxprs(eqn)))
+        elif name == "pallas_call":  # blocks that a kernel skips at run time count, too
+            grid = eqn.params["grid_mapping"].grid
+            total += inner * math.prod(size for size in grid if isinstance(size, int))
         elif name == "shard_map":
             total += inner * eqn.params["mesh"].size
         else:

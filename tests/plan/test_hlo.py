@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
 from gemma_jax.plan.chips import CHIPS
@@ -195,3 +196,21 @@ def test_flops_of_matmuls_in_loops():
     assert count_flops(jax.make_jaxpr(loss)(x).jaxpr) == forward
     # Backward multiplies by w once a layer, and computes each layer's product again.
     assert count_flops(jax.make_jaxpr(jax.grad(loss))(x).jaxpr) == 3 * forward
+
+
+def test_flops_of_a_kernel_count_its_grid():
+    def kernel(a, b, out):
+        out[...] = jnp.dot(a[...], b[...])
+
+    def run(a, b):
+        return pl.pallas_call(
+            kernel,
+            grid=(4,),
+            in_specs=[pl.BlockSpec((8, 16), lambda i: (i, 0)), pl.BlockSpec((16, 8))],
+            out_specs=pl.BlockSpec((8, 8), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((32, 8), jnp.float32),
+            interpret=True,
+        )(a, b)
+
+    jaxpr = jax.make_jaxpr(run)(jnp.zeros((32, 16)), jnp.zeros((16, 8))).jaxpr
+    assert count_flops(jaxpr) == 2 * 32 * 16 * 8
