@@ -22,9 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
+from gemma_jax import files
 from gemma_jax.errors import UserError
-from gemma_jax.files import compilation_cache, read_json, write_json
+from gemma_jax.files import read_json, write_json
 from gemma_jax.plan.chips import Hardware
 from gemma_jax.plan.hlo import Collective, Program
 from gemma_jax.plan.memory import Memory, memory_of, part_bytes
@@ -93,8 +95,7 @@ def compile_step(traced: Traced, hardware: Hardware) -> Compiled:
 def _compile(lowered: Any, traced: Traced, hardware: Hardware) -> dict[str, Any]:
     began = time.monotonic()
     try:
-        with _no_cache():
-            compiled = _while_telling(lowered.compile, f"compiling for {hardware}")
+        compiled = _while_telling(lowered.compile, f"compiling for {hardware}")
     except jax.errors.JaxRuntimeError as error:
         match = _REFUSED.search(str(error))
         if match is None:
@@ -158,18 +159,20 @@ def _place(lowered: Any, hardware: Hardware) -> Path:
     )
     key = f"{lowered.as_text()}{hardware}{sorted(versions().items())}{readers}"
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
-    return compilation_cache().parent.parent / "plan" / f"{name}.json"
+    return files.compilation_cache().parent.parent / "plan" / f"{name}.json"
 
 
 @contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """JAX's own cache would have to load the program onto a device to give it back."""
+def no_cache() -> Iterator[None]:
+    """JAX's own cache would have to load a program onto a device to give it back."""
     before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # it looks at the setting once
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ trip count is XLA's (`known_trip_count`) where the program says it, and else the
 loop's condition compares its counter with, as scans of JAX have it: from 0, by 1. A loop that ends
 by its data (decoding) counts once.
 
-Two things are peculiar to the compiler of TPUs. A collective that runs beside other work stands in
-each of the fusions that it runs beside, under one channel, and is one collective. And a sum that is
-scattered is an all-reduce inside a fusion called `all-reduce-scatter`.
+Three things are peculiar to the compiler of TPUs. A collective that runs beside other work stands
+in each of the fusions that it runs beside, under one channel, and is one collective. A sum that is
+scattered is an all-reduce inside a fusion called `all-reduce-scatter`. What crosses slices is
+handed to the hosts: a `send` of each chip's share, with the name of the collective.
 """
 
 import functools
@@ -24,6 +25,10 @@ _KINDS = (
     "collective-broadcast"
 )
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+_ACROSS = re.compile(
+    r"= \((.*?)\) send\(.*_xla_host_transfer_rendezvous=\"(.*?)\".*"
+    r"_xla_megascale_target=\"\{([\d,:]+)\}.*_xla_megascale_transfer_type=\"(\w+)\""
+)
 _WHILE = re.compile(r"\bwhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|\bcalled_computations=\{(.*?)\}"
@@ -95,6 +100,8 @@ class Program:
         found = []
         for name, lines in self._lines.items():
             for line in lines if times[name] else ():
+                if match := _ACROSS.search(line):
+                    found.append(self._across(match, times[name]))
                 if not (match := _COLLECTIVE.search(line)):
                     continue
                 channel, around = _CHANNEL.search(line), self._fused.get(name)
@@ -133,6 +140,14 @@ class Program:
             kind = "reduce-scatter"
         name = re.search(r'op_name="(.*?)"', line)
         return Collective(kind, size, times, groups, name[1] if name else "")
+
+    def _across(self, match: re.Match, times: int) -> Collective:
+        """A chip's share among slices, each of which holds as many chips, in their order."""
+        first, _, last = match[3].replace(",", ":").partition(":")
+        slices = int(last.rpartition(":")[2]) - int(first) + 1
+        groups = np.arange(self._chips).reshape(slices, -1).T
+        size, *_ = _sizes(match[1])
+        return Collective(match[4].lower().replace("_", "-"), size, times, groups, match[2])
 
     def _calls_in_order(self) -> Iterator[tuple[str, int]]:
         """(computation, how often it is run by one call chain), over all chains from the entry."""

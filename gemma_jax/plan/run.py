@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax.plan.chips import Hardware
-from gemma_jax.plan.compiling import Compiled, compile_step, devices_of, versions
+from gemma_jax.plan.compiling import Compiled, compile_step, devices_of, no_cache, versions
 from gemma_jax.plan.estimate import (
     abstract_layout,
     estimate_flops,
@@ -27,8 +27,9 @@ def plan(task: Task, hardware: Hardware) -> Plan:
     """The step of `task` compiled for `hardware`, which has a compiler here: TPUs."""
     devices = devices_of(hardware)
     layout = make_layout(task.mesh, devices)
-    traced = trace(task, layout)
-    compiled = compile_step(traced, hardware)
+    with no_cache():
+        traced = trace(task, layout)
+        compiled = compile_step(traced, hardware)
     executed = count_flops(traced.program.jaxpr)
     if compiled.refused:
         sent, moved = Traffic(0, 0, {}), 0.0

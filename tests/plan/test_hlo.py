@@ -165,6 +165,34 @@ ENTRY %main (x: bf16[1,16,512]) -> bf16[16,64] {
     assert (scattered.kind, scattered.sent) == ("reduce-scatter", 128 * 64 * 2 * 7 / 8)
 
 
+def test_what_is_handed_to_the_hosts():
+    """A chip's share of a sum over two slices of four chips, in a loop of three turns."""
+    program = """
+%turns (p: (s32[])) -> pred[] {
+  %constant.7 = s32[] constant(3)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[] compare(%i, %constant.7), direction=LT
+}
+
+%body (p.1: (s32[])) -> (s32[]) {
+  %send.1 = (f32[1,4,128]{2,1,0:T(4,128)}, u32[]{:S(2)}, token[]) send(%x, %after-all.1), \
+channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name=\
+"xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.2",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %loop = (s32[]) while(%t), condition=%turns, body=%body
+}
+"""
+    (one,) = Program(program, 8).collectives()
+    assert (one.kind, one.bytes, one.times) == ("all-reduce", 4 * 128 * 4, 3)
+    np.testing.assert_array_equal(one.groups, [[0, 4], [1, 5], [2, 6], [3, 7]])
+    sent = traffic([one], np.repeat([0, 1], 4))
+    assert (sent.links, sent.network) == (0, 3 * 4 * 128 * 4)
+
+
 def test_slices_send_their_shares_over_the_network(mesh):
     """An all-reduce over two slices of four chips: a ring within each, and of each chip's quarter
     one across."""

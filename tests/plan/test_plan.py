@@ -7,7 +7,7 @@ import jax
 import pytest
 from command_line import EXPERIMENT
 
-from gemma_jax import cli
+from gemma_jax import cli, files
 from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
 from gemma_jax.experiment import Experiment, TeacherRun
@@ -47,7 +47,7 @@ EIGHT = Hardware(CHIPS["v5e"], (2, 4))
 def here(monkeypatch, tmp_path):
     """CPU devices in place of chips, and a cache of the test's own."""
     monkeypatch.setattr(run, "devices_of", lambda hardware: jax.devices())
-    monkeypatch.setattr(compiling, "compilation_cache", lambda: tmp_path / "jax" / "cpu")
+    monkeypatch.setattr(files, "compilation_cache", lambda: tmp_path / "jax" / "cpu")
     return tmp_path
 
 
