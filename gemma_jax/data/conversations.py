@@ -24,6 +24,8 @@ from gemma_jax.errors import UserError, require_fractions
 from gemma_jax.progress import progress
 from gemma_jax.settings import check_types
 
+type TooLong = Literal["refuse", "cut"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversations:
@@ -40,7 +42,7 @@ class Conversations:
     sources: tuple[str, ...]
     valid: tuple[str, ...] = ()
     valid_fraction: float = 0.05
-    too_long: Literal["refuse", "cut"] = "refuse"
+    too_long: TooLong = "refuse"
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,9 +96,9 @@ def read_conversations(
       UserError: for a line that cannot be read, is no conversation, teaches nothing or does not fit
         into `seq_len` tokens; it names the file and the line.
     """
-    train = _read(data.sources, tokenizer, seq_len, data.too_long)
+    train = read_all(data.sources, tokenizer, seq_len, data.too_long)
     if data.valid:
-        return ConversationSet(train, _read(data.valid, tokenizer, seq_len, data.too_long))
+        return ConversationSet(train, read_all(data.valid, tokenizer, seq_len, data.too_long))
     keys = [_key(one.row["messages"]) for one in train]
     below = held_out_below(np.unique(np.array(keys, np.uint64)), data.valid_fraction)
     split = ConversationSet([], [])
@@ -115,9 +117,13 @@ def _key(messages: Sequence[Mapping[str, str]]) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _read(
-    sources: tuple[str, ...], tokenizer: Tokenizer, seq_len: int | None, too_long: str
+def read_all(
+    sources: tuple[str, ...],
+    tokenizer: Tokenizer,
+    seq_len: int | None = None,
+    too_long: TooLong = "refuse",
 ) -> list[Conversation]:
+    """The conversations of all sources in their order; refuses as `read_conversations` does."""
     parts = find_parts(sources)
     for part in parts:
         if part.kind != "jsonl":
@@ -145,7 +151,7 @@ def _read(
     return found
 
 
-def _shortened(one: Conversation, seq_len: int, too_long: str) -> Conversation:
+def _shortened(one: Conversation, seq_len: int, too_long: TooLong) -> Conversation:
     if too_long == "refuse":
         raise UserError(
             f"{one.place}: the conversation is {len(one.ids) - 1} tokens long and seq_len is "
