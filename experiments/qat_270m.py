@@ -66,7 +66,7 @@ BASE = Experiment(
     data=TEXT,
     objective=Distill(shards=TARGETS),
     quantization=Qat(),
-    optimizer=AdamW(weight_decay=0.0, schedule=Cosine(warmup=0.05)),
+    optimizer=AdamW(weight_decay=0.0, schedule=Cosine(warmup=0.1)),
     tokens=STEPS * BATCH_TOKENS,
     batch_tokens=BATCH_TOKENS,
     seq_len=SEQ_LEN,
