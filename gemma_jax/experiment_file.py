@@ -93,7 +93,7 @@ def _run(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(path: Path, defined: Mapping[str, Any]) -> None:
-    from gemma_jax.experiment import Experiment
+    from gemma_jax.experiment_config import Experiment
     from gemma_jax.sweep import Sweep
 
     if "BASE" not in defined and "SWEEP" not in defined:
