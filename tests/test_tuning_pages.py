@@ -7,6 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from gemma_jax import cli
 from gemma_jax.experiment_file import load_file, load_function
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "tuning"
@@ -117,3 +118,29 @@ def test_the_winner_is_the_smallest_that_is_as_good(folder) -> None:
     assert re.search(r"\| qat \| 0\.885 ± 0\.010 \|.* \| 1\.5 \|", table)
     assert (folder / "x" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((folder / "x" / "comparison.json").read_text())["rows"]) == 3
+
+
+PAGE = """
+from gemma_jax.experiment import Experiment
+from gemma_jax.model.config import tiny
+from gemma_jax.sweep import points
+
+BASE = Experiment(name="x", model=tiny(), data="d", tokens=64, batch_tokens=64, seq_len=64)
+SWEEP = points(BASE, one={})
+AFTER = lambda sweep: f"{sweep.base.name} with seeds {sweep.seeds} is done"
+"""
+
+
+def test_a_sweep_ends_with_what_its_file_says(folder, monkeypatch, capsys) -> None:
+    (folder / "page.py").write_text(PAGE)
+    ran = []
+    monkeypatch.setattr("gemma_jax.sweep.run_sweep", lambda sweep, only=(): ran.append(only) or [])
+    cli.main(["sweep", "page.py", "--seeds", "3"])
+    assert capsys.readouterr().out.endswith("x with seeds (3,) is done\n")
+    cli.main(["sweep", "page.py", "--only", "one"])  # one of several jobs: not all is finished
+    assert "done" not in capsys.readouterr().out
+    assert ran == [(), ["one"]]
+    (folder / "page.py").write_text(PAGE + "AFTER = 'table'\n")
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "page.py"])
+    assert "AFTER of page.py must be a function" in capsys.readouterr().err
