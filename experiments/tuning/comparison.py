@@ -62,7 +62,7 @@ def options(*, epochs: int = 2) -> Options:
         epochs=argument("epochs", epochs),
         train=argument("train", 5_000),
         test=argument("test", 500),
-        batch_tokens=argument("batch_tokens", 32_768),
+        batch_tokens=argument("batch_tokens", 131_072),
         export=argument("export", True),
     )
 
