@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gemma_jax.arguments_eval import add_eval
 from gemma_jax.arguments_machines import add_machines
 
 TWO_WORDS = ("data build", "tokenizer train", "teacher verify")
@@ -174,13 +175,13 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     _settings_options(one)
     _device_options(one, mesh_too=False)
 
-    one = verb("eval", "Bits per byte and perplexity on text, or scores on tasks.")
+    one = verb("eval", "Bits per byte on text, scores on tasks, or what replies are worth.")
     one.add_argument("checkpoint", help="folder of a run")
     one.add_argument("--data", help="folder of a token set: its validation split")
     _source_options(one, required=False)
     one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence; the run's by default")
     one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
-    _task_options(one)
+    add_eval(one, _positive)
     _device_options(one)
 
     _model_verbs(verb)
@@ -360,22 +361,6 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a value that the file asks for; may be given several times",
     )
-
-
-def _task_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tasks",
-        metavar="NAME,...",
-        help="standard sets such as hellaswag or arc_easy:5shot, and files of JSON lines",
-    )
-    parser.add_argument("--limit", type=_positive, help="examples of each task at most")
-    parser.add_argument(
-        "--batch-tokens", type=_positive, default=8192, help="tokens of a batch of tasks"
-    )
-    parser.add_argument(
-        "--compute-dtype", choices=("float32", "bfloat16"), help="of tasks; the model's by default"
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the scores of tasks there as JSON")
 
 
 def _source_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
