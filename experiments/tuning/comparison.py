@@ -4,7 +4,7 @@
     full       all weights tuned
     lora       an adapter on the base in bfloat16
     qlora      an adapter on the base in NF4
-    qat        all weights tuned while they are rounded to Q4_0
+    qat        all weights tuned while they are rounded to Q4_0, from the base's rounded ones
 
 and, with nothing more to train, `full_q4_0`: the weights of `full`, rounded afterwards. A page
 describes its `Task`; `sweep` makes the runs of it, `compare` scores them once they are finished:
@@ -166,7 +166,7 @@ def sweep(task: Task) -> Sweep:
         full={},
         lora={"adapter": Lora(rank=16, alpha=32.0), **adapter},
         qlora={"adapter": QLora(rank=16, alpha=32.0), **adapter},
-        qat={"quantization": Qat()},
+        qat={"quantization": Qat(from_rounded=True)},
     )
 
 
