@@ -192,6 +192,7 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     _settings_options(one)
 
     _bench_options(verb("bench", "Tokens a second, memory, compile time; beside other libraries."))
+    _plan_options(verb("plan", "Memory and least time of a step on hardware that is not here."))
 
 
 def _bench_options(one: argparse.ArgumentParser) -> None:
@@ -234,6 +235,30 @@ def _bench_options(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--plot", metavar="FILE", help="PNG of a sweep; bench-WHAT-NAME.png by default"
+    )
+
+
+def _plan_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("file", help="experiment file")
+    one.add_argument("--point", help="a point of its SWEEP, instead of BASE")
+    _settings_options(one)
+    one.add_argument("--topology", metavar="TPU:SHAPE", help="a slice to compile for: v5e:4x4")
+    one.add_argument("--slices", type=_positive, default=1, help="such slices, joined by a network")
+    one.add_argument(
+        "--device", metavar="NAME:COUNT", help="instead, by arithmetic alone: h100:8, v5e:16"
+    )
+    one.add_argument(
+        "--step",
+        choices=("train", "teacher", "decode"),
+        default="train",
+        help="training, writing teacher shards, or generating a token",
+    )
+    one.add_argument("--rows", type=_positive, default=1, help="sequences of a decoding step")
+    one.add_argument(
+        "--search", action="store_true", help="rank rule presets, meshes, remat and microbatches"
+    )
+    one.add_argument(
+        "--count", type=_positive, default=4, help="variants that a search compiles and shows"
     )
 
 

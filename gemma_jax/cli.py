@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_jax import cli_bench, cli_eval, cli_machines, cli_models, report
+from gemma_jax import cli_bench, cli_eval, cli_machines, cli_models, cli_plan, report
 from gemma_jax.arguments import parse, seed
 from gemma_jax.errors import (
     INTERRUPTED_CODE,
@@ -37,6 +37,7 @@ _NEEDS = {
     "tokenizer train": "gemma_jax.data.tokens",
     "inspect": "gemma_jax.runs",
     "bench": "gemma_jax.bench.run",
+    "plan": "gemma_jax.plan.search",
     "generate": "gemma_jax.completion",
     "import": "gemma_jax.exchange",
     "export": "gemma_jax.exchange",
@@ -126,14 +127,7 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from gemma_jax.experiment import run
 
-    if arguments.point is not None:
-        sweep = _load_sweep(Path(arguments.file), arguments)
-        if arguments.point not in sweep.points:
-            known = ", ".join(sweep.points)
-            raise UserError(f"there is no point '{arguments.point}'; there are: {known}.")
-        experiment = sweep.experiment(arguments.point, sweep.seeds[0])
-    else:
-        experiment = _load_base(Path(arguments.file), arguments)
+    experiment = _load_point(arguments)
     result = run(experiment)
     report.emit(arguments, result, report.run(result, experiment.folder))
 
@@ -229,6 +223,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     report.emit(arguments, described, report.cut_off(described["model"]) + summary.text(described))
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    cli_plan.plan(arguments, _load_point(arguments))
+
+
 def _load_file(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from gemma_jax.experiment_file import load_file
     from gemma_jax.settings import parse_assignments
@@ -249,6 +247,17 @@ def _load_base(path: Path, arguments: argparse.Namespace) -> Any:
     defined = _load_file(path, arguments)
     base = defined["BASE"] if "BASE" in defined else defined["SWEEP"].base
     return override(base, _changes(arguments))
+
+
+def _load_point(arguments: argparse.Namespace) -> Any:
+    """The experiment of `--point`, or BASE."""
+    if arguments.point is None:
+        return _load_base(Path(arguments.file), arguments)
+    sweep = _load_sweep(Path(arguments.file), arguments)
+    if arguments.point not in sweep.points:
+        known = ", ".join(sweep.points)
+        raise UserError(f"there is no point '{arguments.point}'; there are: {known}.")
+    return sweep.experiment(arguments.point, sweep.seeds[0])
 
 
 def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
@@ -299,6 +308,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": cli_models.export,
     "inspect": _inspect,
     "bench": cli_bench.bench,
+    "plan": _plan,
     "tpu": cli_machines.tpu,
     "gke": cli_machines.gke,
     "slurm": cli_machines.slurm,

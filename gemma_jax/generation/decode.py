@@ -18,7 +18,7 @@ from gemma_jax.generation.sampling import Sampling, penalise, sample
 from gemma_jax.model.cache import Cache, init_cache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.matrix import select_rows
-from gemma_jax.model.transformer import Transformer, unrolled
+from gemma_jax.model.transformer import Transformer, unrolled, unrolled_config
 from gemma_jax.sharding import Layout, active, current_layout, pin
 
 _MIN_BUCKET = 32
@@ -206,6 +206,34 @@ def generate(
     tokens = np.concatenate([part[0] for part in parts], axis=1)
     logprobs = np.concatenate([part[1] for part in parts], axis=1)
     return [completion(*row, stop_ids) for row in zip(tokens, logprobs, strict=True)]
+
+
+def trace_advance(
+    model: Transformer, layout: Layout, *, rows: int, capacity: int, sampling: Sampling
+) -> tuple[Any, Any, State]:
+    """`Generator.advance` of sequences in caches of `capacity` tokens, as a program that is not
+    compiled yet, and the parameters and the state that it takes, as shapes that say where they
+    live: the state where the program that makes an empty one leaves it."""
+
+    def laid_out(shapes: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            shardings,
+        )
+
+    shapes = jax.eval_shape(lambda params: unrolled(model, params)[1], model.shapes())
+    model = Transformer(unrolled_config(model.config))
+    params = laid_out(shapes, layout.shardings(model.axes(), shapes))
+    slots = min(_bucket(capacity), model.config.max_seq_len)
+    penalised = sampling.repetition_penalty is not None
+    whole = layout.replicated()
+    seeds, done = (jax.ShapeDtypeStruct((rows,), t, sharding=whole) for t in (jnp.uint32, bool))
+    with layout.active():
+        empty = _empty.lower(model.config, slots, penalised, seeds, done, None)
+        state = laid_out(empty.out_info, empty.compile().output_shardings)
+        limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return _draw.trace(model, _MIN_STEPS, sampling, (), params, state, limit), params, state
 
 
 def completion(tokens: np.ndarray, logprobs: np.ndarray, stop_ids: Sequence[int]) -> Completion:

@@ -30,7 +30,7 @@ from gemma_jax.training.step import (
     everything,
     init_state,
     make_step,
-    state_shardings,
+    state_like,
 )
 
 type Evaluate = Callable[[Any], dict[str, float]]
@@ -110,8 +110,8 @@ def train(job: Job) -> Trained:
         def begin(params: Any) -> TrainState:
             return init_state(params, optimizer, ema=ema)
 
-        shapes = jax.eval_shape(lambda: begin(job.init_params()))
-        shardings = state_shardings(job.layout, job.axes, shapes)
+        like = state_like(job.layout, job.axes, job.init_params, optimizer, ema=ema)
+        shardings = jax.tree.map(lambda x: x.sharding, like)
         checkpoints = Checkpoints(
             job.folder, keep_last=job.config.keep_last, keep_best=job.config.keep_best
         )
@@ -119,9 +119,6 @@ def train(job: Job) -> Trained:
         batches = iter(job.batches)
         start = checkpoints.latest_step() or 0
         if start:
-            like = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-            )
             state = checkpoints.restore(start, like, batches)
             if start < job.num_steps and jax.process_index() == 0:
                 print(f"{job.name}: going on from step {start}", file=sys.stderr)

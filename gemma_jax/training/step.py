@@ -48,6 +48,23 @@ def state_shardings(layout: Layout, axes: Any, state: TrainState) -> Any:
     return TrainState(whole, params, opt_state, None if state.ema is None else params)
 
 
+def state_like(
+    layout: Layout,
+    axes: Any,
+    init_params: Callable[[], Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool,
+) -> TrainState:
+    """The state of a run that begins with `init_params()`, as shapes that say where they live."""
+    shapes = jax.eval_shape(lambda: init_state(init_params(), optimizer, ema=ema))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(layout, axes, shapes),
+    )
+
+
 def everything(trained: Any, frozen: Any, rng: jax.Array | None) -> Any:
     """The `Join` of a run that trains all parameters."""
     return trained
