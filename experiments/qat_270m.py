@@ -19,6 +19,12 @@ steps: a finished checkpoint, its own probabilities as targets, here 64 draws a 
 (runs/qat_270m/comparison.md, .json) is of the corpus's held-out part: the model in its compute
 dtype, its weights rounded and nothing else, and each run's weights rounded. `export
 runs/qat_270m/lr_3e-05/seed0 gemma-q4_0.gguf --format gguf --dtype q4_0` writes what was scored.
+
+The runs begin with rounded weights, in the middle of their steps (--arg from_rounded=False: with
+those of the model). Weights that were imported from a file of 5 bits lie on its grid, of which
+every other level is a boundary of Q4_0. The published Q4_K_M file keeps rows of 640 in Q5_0: there
+an update of any size moves half of a matrix by a whole step at once, and the first one ruins the
+model.
 """
 
 import math
@@ -40,6 +46,7 @@ from gemma_jax.tuning.qat import Qat
 
 NAME = argument("name", "qat_270m")
 INIT = argument("init", "runs/gemma")
+FROM_ROUNDED = argument("from_rounded", True)
 STEPS = argument("steps", 300)
 BATCH_TOKENS = argument("batch_tokens", 16_384)
 SEQ_LEN = argument("seq_len", 1024)
@@ -65,7 +72,7 @@ BASE = Experiment(
     model=gemma3_270m(),
     data=TEXT,
     objective=Distill(shards=TARGETS),
-    quantization=Qat(),
+    quantization=Qat(from_rounded=FROM_ROUNDED),
     optimizer=AdamW(weight_decay=0.0, schedule=Cosine(warmup=0.1)),
     tokens=STEPS * BATCH_TOKENS,
     batch_tokens=BATCH_TOKENS,

@@ -18,7 +18,7 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout
 from gemma_jax.training.loop import Job
-from gemma_jax.tuning.qat import check_widths, quantized
+from gemma_jax.tuning.qat import check_widths, quantized, rounded
 
 
 def outline(experiment: Experiment, layout: Layout) -> Job:
@@ -63,8 +63,17 @@ def _weights(experiment: Experiment, model: Transformer, layout: Layout) -> dict
     }
     if (rounding := experiment.quantization) is not None:
         check_widths(rounding, axes, model.shapes())
-        rounded = jax.jit(functools.partial(quantized, rounding, axes))
-        parts["join"] = lambda params, frozen, rng: rounded(params)
+        place = jax.jit(functools.partial(quantized, rounding, axes))
+        parts["join"] = lambda params, frozen, rng: place(params)
+        if rounding.from_rounded and init is None:
+            raise UserError("quantization.from_rounded is about given weights; give init=RUN.")
     if init is not None:
-        parts["load_params"] = lambda shardings: tuned.load_params(init, model.config, shardings)
+
+        def load(shardings: Any) -> Any:
+            params = tuned.load_params(init, model.config, shardings)
+            if rounding is not None and rounding.from_rounded:
+                params = rounded(rounding, axes, params)
+            return params
+
+        parts["load_params"] = load
     return parts

@@ -4,7 +4,7 @@
     full       all weights tuned
     lora       an adapter on the base in bfloat16
     qlora      an adapter on the base in NF4
-    qat        all weights tuned while they are rounded to Q4_0
+    qat        all weights tuned while they are rounded to Q4_0, from the base's rounded ones
 
 and, with nothing more to train, `full_q4_0`: the weights of `full`, rounded afterwards. A page
 describes its `Task`; `sweep` makes the runs of it, `compare` scores them once they are finished:
@@ -41,7 +41,7 @@ from gemma_jax.tuning.lora import Lora, QLora
 from gemma_jax.tuning.qat import Qat
 from gemma_jax.tuning.sft import Scorer, Sft
 
-VALID = 200  # conversations
+LIMITS = {"train": 5_000, "valid": 200, "test": 500}  # conversations at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,23 @@ class Options:
 
     init: str
     epochs: int
-    train: int  # conversations at most
+    train: int  # conversations at most; 0 where nothing is said
     test: int
     batch_tokens: int  # of generation
     export: bool
+
+    @property
+    def limits(self) -> dict[str, int]:
+        given = {"train": self.train, "test": self.test}
+        return {split: given.get(split, 0) or most for split, most in LIMITS.items()}
 
 
 def options(*, epochs: int = 2) -> Options:
     return Options(
         init=argument("init", "runs/gemma"),
         epochs=argument("epochs", epochs),
-        train=argument("train", 5_000),
-        test=argument("test", 500),
+        train=argument("train", 0),
+        test=argument("test", 0),
         batch_tokens=argument("batch_tokens", 131_072),
         export=argument("export", True),
     )
@@ -96,9 +101,8 @@ def write_splits(task: Task, conversations: Iterable[Mapping[str, Any]]) -> None
     for key in sorted(known, key=lambda key: key[1:]):
         split = "test" if key[0] < 32 else "valid" if key[0] < 48 else "train"
         splits[split].append(json.dumps(known[key], ensure_ascii=False) + "\n")
-    limits = {"train": task.options.train, "valid": VALID, "test": task.options.test}
-    for split, lines in splits.items():
-        write_text(task.file(split), "".join(lines[: limits[split]]))
+    for split, limit in task.options.limits.items():
+        write_text(task.file(split), "".join(splits[split][:limit]))
 
 
 def source(name: str) -> Path | None:
@@ -120,7 +124,7 @@ def span_scores(
     try:
         given = json.loads(reply)
         said = [(str(one["type"]), str(one["text"])) for one in given]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         said = []
     hits = float((Counter(wanted) & Counter(said)).total())
     scores: dict[str, float | tuple[float, float]] = {
@@ -162,7 +166,7 @@ def sweep(task: Task) -> Sweep:
         full={},
         lora={"adapter": Lora(rank=16, alpha=32.0), **adapter},
         qlora={"adapter": QLora(rank=16, alpha=32.0), **adapter},
-        qat={"quantization": Qat()},
+        qat={"quantization": Qat(from_rounded=True)},
     )
 
 
@@ -226,7 +230,7 @@ def _scored(task: Task, variant: Variant, out: Path) -> dict[str, Any]:
         wanted = {
             "weights": _stamp(variant.folder),
             "test": file_hash(task.file("test")),
-            "limit": task.options.test,
+            "limit": task.options.limits["test"],
             "schema": task.schema,
             "shots": task.shots if variant.shots else 0,
             "max_new_tokens": task.max_new_tokens,
@@ -242,7 +246,7 @@ def _scored(task: Task, variant: Variant, out: Path) -> dict[str, Any]:
                 scorer=task.score,
                 few_shot=f"{task.file('train')}:{task.shots}" if variant.shots else None,
                 prompt_format="text" if variant.shots else "chat",
-                limit=task.options.test,
+                limit=task.options.limits["test"],
                 max_new_tokens=task.max_new_tokens,
                 batch_tokens=task.options.batch_tokens,
                 replies=path.with_suffix(".jsonl"),

@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import redaction_data  # of this folder
-from comparison import VALID, Task, compare, span_schema, span_scores, sweep
+from comparison import Task, compare, span_schema, span_scores, sweep
 
 from gemma_jax.errors import UserError
 from gemma_jax.experiment_file import argument
 from gemma_jax.files import write_text
+
+MADE = {"train": 4000, "valid": 200, "test": 1000}
 
 
 def redact(text: str, spans: Sequence[tuple[str, str]]) -> str:
@@ -62,22 +64,22 @@ TASK = Task(
 
 
 def write_splits(folder: Path | None) -> None:
-    options = TASK.options
-    limits = {"train": options.train, "valid": VALID, "test": options.test}
-    made = dict.fromkeys(limits, 0) | {"train": 4000, "valid": VALID, "test": 1000}
-    for split, limit in limits.items():
+    """Messages of a folder, or those that are made here."""
+    for split, limit in TASK.options.limits.items():
         if folder is None:
-            rows = redaction_data.messages(made[split], 0, split)
+            rows = redaction_data.messages(MADE[split], 0, split)
             lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         elif not (folder / f"{split}.jsonl").is_file():
             raise UserError(f"--arg data={folder} has no {split}.jsonl; make it anew.")
         else:
-            lines = (folder / f"{split}.jsonl").read_text("utf-8").splitlines()
+            text = (folder / f"{split}.jsonl").read_text("utf-8")
+            lines = [line for line in text.split("\n") if line]
         write_text(TASK.file(split), "".join(f"{x}\n" for x in itertools.islice(lines, limit)))
 
 
 data = argument("data", "")
-write_splits(Path(data) if data else None)
+if data or TASK.options.train or TASK.options.test or not TASK.file("test").exists():
+    write_splits(Path(data) if data else None)
 
 SWEEP = sweep(TASK)
 AFTER = compare(TASK)

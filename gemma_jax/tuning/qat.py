@@ -24,11 +24,14 @@ class Qat:
 
     "q4_0" is what `export --format gguf --dtype q4_0` writes, bit for bit. "int4" has a scale an
     output channel, "sfp8" is eight bits of switched floating point. With `embedding=False` the
-    tables stay as they are.
+    tables stay as they are. With `from_rounded` the run begins with the rounded weights of `init`,
+    each in the middle of its step: for those that were imported from a quantised file, on whose
+    grid many lie at a boundary, where any update moves them by a whole step.
     """
 
     scheme: Scheme = "q4_0"
     embedding: bool = True
+    from_rounded: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)

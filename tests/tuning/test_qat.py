@@ -13,9 +13,10 @@ from gemma_jax import runs
 from gemma_jax.data.tokens import Corpus
 from gemma_jax.errors import UserError
 from gemma_jax.exchange import export_model, import_model
-from gemma_jax.experiment import Experiment, run
+from gemma_jax.experiment import Experiment, build, run
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.ops.fake_quant import fake_quantize
+from gemma_jax.settings import override
 from gemma_jax.trained import evaluate
 from gemma_jax.training.loop import LoopConfig
 from gemma_jax.training.optim import AdamW
@@ -130,3 +131,22 @@ def test_what_cannot_be_done_is_refused_before_training(experiment, folder):
     odd = dataclasses.replace(experiment, name="odd", init="odd", model=config(mlp_dim=40))
     with pytest.raises(UserError, match="mlp/down sums over 40 inputs, no multiple of 32"):
         run(odd)
+
+
+def test_a_run_may_begin_with_rounded_weights(experiment, folder):
+    """Those of the exported file, which rounding leaves as they are."""
+    settings = {"name": "begun", "quantization.from_rounded": True}
+    job = build(override(experiment, settings))
+    shapes = jax.eval_shape(job.init_params)
+    began = job.load_params(job.layout.shardings(job.axes, shapes))
+    wanted = runs.load_model("base", quantization=Qat()).params
+    whole = runs.load_model("base").params
+    joined = job.join(began, None, None)
+    began, wanted, joined, whole = jax.device_get((began, wanted, joined, whole))
+    for x, y, z in zip(*map(jax.tree.leaves, (began, wanted, joined)), strict=True):
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, z)
+    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (whole, began)), strict=True))
+    nothing = override(experiment, {**settings, "name": "x", "init": None})
+    with pytest.raises(UserError, match=r"from_rounded .*init=RUN"):
+        build(nothing)
