@@ -61,6 +61,10 @@ OPTIONS = {
         *("--preset", "--remat", "--repeats", "--rules", "--seq-len", "--set", "--shards"),
         *("--steps", "--sweep", "--window"),
     },
+    "plan": {
+        *("--arg", "--count", "--device", "--json", "--point", "--rows", "--search", "--set"),
+        *("--slices", "--step", "--topology"),
+    },
     "tpu": set(),
     "gke": set(),
     "slurm": set(),
