@@ -10,8 +10,9 @@ from gemma_jax.data.chat import encode_chat
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.generation.constrain import BoundCompletion, OnLimit, write_bound_texts
-from gemma_jax.generation.decode import Generator, State
+from gemma_jax.generation.decode import Generator
 from gemma_jax.generation.grammar import Grammar, GrammarTokenizer
+from gemma_jax.generation.programs import State
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.generation.text import STOP_IDS, STRIDE, TextCompletion, Writer, write_texts
 from gemma_jax.model.transformer import Transformer

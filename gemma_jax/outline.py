@@ -38,7 +38,9 @@ def outline(experiment: Experiment, layout: Layout) -> Job:
         config=experiment.train,
         layout=layout,
         **_weights(experiment, model, layout),
-        objective=experiment.objective.build(model, softcap=config.final_softcap),
+        objective=experiment.objective.build(
+            model, softcap=config.final_softcap, backend=config.head_backend
+        ),
         optimizer=experiment.optimizer,
         batches=grain.MapDataset.range(0).to_iter_dataset(),
         batch_size=rows,

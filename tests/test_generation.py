@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.errors import UserError
-from gemma_jax.generation import decode, sampling
+from gemma_jax.generation import decode, programs, sampling
 from gemma_jax.generation.decode import Generator, generate
 from gemma_jax.generation.sampling import Sampling, sample
 from gemma_jax.model.config import tiny
@@ -74,6 +74,11 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(greedy, full_greedy):
     assert min(len(set(row)) for row in greedy) > 2  # it does not only repeat itself
 
 
+def test_a_backend_for_whole_sequences_does_not_stop_decoding(model, params, greedy):
+    banded = Transformer(dataclasses.replace(model.config, attn_backend="banded"))
+    assert tokens_of(banded, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY) == greedy
+
+
 def test_a_sequence_does_not_depend_on_its_batch(model, params, greedy):
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
         alone = tokens_of(model, params, [prompt], max_new_tokens=NEW, sampling=GREEDY)
@@ -120,7 +125,7 @@ def test_log_probabilities_are_the_models_own(model, params, greedy):
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once(model, params, greedy, monkeypatch):
     monkeypatch.setattr(decode, "_CHUNK", 8)
-    monkeypatch.setattr(decode, "_MIN_BUCKET", 4)
+    monkeypatch.setattr(programs, "_MIN_BUCKET", 4)
     assert tokens_of(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY) == greedy
 
 
@@ -234,12 +239,12 @@ def test_a_step_copies_no_cache():
     state = generator.begin([[2, 5]] * B, capacity=C, seeds=range(B), sampling=GREEDY)
     one = np.ones((B, 1), np.int32)
     args = generator.model, generator.params, state
-    programs = (
-        decode._feed.lower(args[0], False, *args[1:], one, one),
-        decode._draw.lower(args[0], 8, GREEDY, (1,), *args[1:], np.int32(8)),
+    lowered = (
+        programs.feed.lower(args[0], False, *args[1:], one, one),
+        programs.draw.lower(args[0], 8, GREEDY, (1,), *args[1:], np.int32(8)),
     )
     whole = re.compile(rf"\[(1,)?{B},{C},(1,)?{H}\]\S* (copy|transpose)\(")
-    for program in programs:
+    for program in lowered:
         text = program.compile().as_text()
         assert f"[{B},{C},{H}]" in text
         assert not whole.search(text)

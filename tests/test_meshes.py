@@ -12,7 +12,7 @@ from programs import collectives
 from gemma_jax.distill.teacher import Teacher, TeacherJob
 from gemma_jax.eval.likelihood import Request, likelihoods
 from gemma_jax.eval.perplexity import make_evaluation
-from gemma_jax.generation import decode
+from gemma_jax.generation import programs
 from gemma_jax.generation.decode import Generator, generate
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.model.transformer import Transformer
@@ -165,7 +165,7 @@ def test_one_kv_head_leaves_the_slots_of_its_cache_to_the_devices(mesh):
         prompts = [[5, 6, 7]] * 8
         sampling = Sampling(temperature=0)
         state = generator.begin(prompts, capacity=128, seeds=[0] * 8, sampling=sampling)
-        lowered = decode._draw.lower(
+        lowered = programs.draw.lower(
             generator.model, 4, sampling, (), generator.params, state, np.int32(4)
         )
         program = lowered.compile().as_text()

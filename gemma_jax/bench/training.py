@@ -179,7 +179,9 @@ def _job(config: BenchConfig, layout: Layout, folder: Path, batches: grain.IterD
         layout=layout,
         init_params=lambda: model.init(jax.random.key(config.seed)),
         axes=model.axes(),
-        objective=objective.build(model, softcap=config.model.final_softcap),
+        objective=objective.build(
+            model, softcap=config.model.final_softcap, backend=config.model.head_backend
+        ),
         optimizer=AdamW(),
         batches=batches,
         batch_size=config.batch,

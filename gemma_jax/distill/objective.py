@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.errors import require_fractions, require_positive
-from gemma_jax.ops.vocab_loss import vocab_loss
+from gemma_jax.ops.vocab_loss import HeadBackend, vocab_loss
 from gemma_jax.settings import check_types
 
 
@@ -30,7 +30,9 @@ class Distill:
         require_fractions(self, "hard_weight")
         require_positive(self, "z_loss", allow_zero=True)
 
-    def build(self, model: Any, *, softcap: float | None = None) -> Callable:
+    def build(
+        self, model: Any, *, softcap: float | None = None, backend: HeadBackend = "auto"
+    ) -> Callable:
         """The objective; besides the loss it reports
 
         - `cross_entropy`, `accuracy`: of the labels, comparable with a run without a teacher;
@@ -55,6 +57,7 @@ class Distill:
                 weights,
                 z_loss=self.z_loss,
                 softcap=softcap,
+                backend=backend,
             )
             label_logit, target_logits = stats.target_logits[..., 0], stats.target_logits[..., 1:]
             soft_ce = soft.sum(-1) * stats.lse - (soft * target_logits).sum(-1)

@@ -12,8 +12,9 @@ import jax
 
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
-from gemma_jax.generation.decode import STRETCH, Generator, State, check_request
+from gemma_jax.generation.decode import STRETCH, Generator, check_request
 from gemma_jax.generation.grammar import Grammar, GrammarMatcher, GrammarTokenizer, Masks
+from gemma_jax.generation.programs import State
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.generation.text import STOP_IDS, batches_of
 

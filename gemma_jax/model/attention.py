@@ -57,7 +57,8 @@ class Attention(nn.Module):
         q = rope(q, place.positions, base=base, scale=scale) * jnp.asarray(c.q_scale, q.dtype)
         k = rope(k, place.positions, base=base, scale=scale)
 
-        window = c.window(self.letter)
+        # A backend for whole sequences says nothing of those that go on from a cache.
+        window, backend = c.window(self.letter), c.attn_backend
         if cache is None or self.fresh:
             spec = MaskSpec(
                 window=window, q_segment_ids=place.segment_ids, k_segment_ids=place.segment_ids
@@ -66,8 +67,8 @@ class Attention(nn.Module):
                 cache = write(cache, k, v, place.positions, _valid(place))
         else:
             k, v, spec, cache = _extend(cache, k, v, place, window)
-            q = _meets(q, k)
-        out = attention(q, k, v, spec, softcap=c.attn_softcap, backend=c.attn_backend)
+            q, backend = _meets(q, k), "auto"
+        out = attention(q, k, v, spec, softcap=c.attn_softcap, backend=backend)
         return multiply(out, w_o, inputs=2), cache
 
 

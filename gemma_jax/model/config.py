@@ -10,6 +10,7 @@ from typing import Literal
 
 from gemma_jax.errors import UserError, require_positive
 from gemma_jax.ops.attention import Backend
+from gemma_jax.ops.vocab_loss import HeadBackend
 
 LOCAL, GLOBAL = "L", "G"
 
@@ -47,6 +48,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # parameters are always float32
     remat: Literal["none", "dots", "full"] = "none"  # what backward computes anew: see transformer
     attn_backend: Backend = "auto"
+    head_backend: HeadBackend = "auto"
     unroll: bool | None = None  # no scan over periods; None: see transformer
 
     def __post_init__(self) -> None:

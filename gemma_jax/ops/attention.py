@@ -2,8 +2,9 @@
 
 `reference` is the dense oracle. `banded` is exact too and never builds the T x T scores of a
 sliding-window layer: queries in blocks of at least one window see their own block of keys and the
-one before. To add a backend for a piece of hardware, write a function of the same signature, say
-in `_choose` when it applies, and let it refuse what it cannot do exactly.
+one before. `cudnn` and `splash` are fused kernels, for NVIDIA GPUs and TPUs. To add a backend for
+a piece of hardware, write a function of the same signature, say in `_choose` when it applies, and
+let it refuse what it cannot do exactly.
 
 Among devices, XLA partitions `reference`. Every other backend is called in a `shard_map`, once a
 device with its own sequences and heads, so it may be anything that a single device can run.
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from gemma_jax.errors import UserError
 from gemma_jax.ops import cudnn_attention, splash_attention
-from gemma_jax.ops.hardware import on_hopper, on_tpu
+from gemma_jax.ops.hardware import on_gpu, on_hopper, on_tpu
 from gemma_jax.ops.masks import MaskSpec, dense_mask, visible
 from gemma_jax.sharding import current_layout
 
@@ -137,10 +139,12 @@ def _cudnn(
     q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
 ) -> Float[Array, "B T N H"]:
     if not cudnn_attention.can_do(q, k, spec, softcap):
-        raise ValueError(
-            f"cuDNN has no attention for {q.dtype} queries {q.shape}, keys {k.shape} and "
-            f"softcap={softcap}"
+        raise UserError(
+            f"attn_backend='cudnn' has no attention for {q.dtype} queries {q.shape}, keys "
+            f"{k.shape} and softcap={softcap}; choose 'auto'."
         )
+    if not on_gpu():
+        raise UserError("attn_backend='cudnn' needs an NVIDIA GPU; choose 'auto'.")
     return cudnn_attention.cudnn_attention(q, k, v, spec, otherwise=_query_blocks)
 
 
@@ -148,9 +152,9 @@ def _splash(
     q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
 ) -> Float[Array, "B T N H"]:
     if not splash_attention.can_do(q, k, spec):
-        raise ValueError(
-            f"splash attention has no kernel for queries {q.shape} and keys {k.shape}; a sequence "
-            "must be a multiple of 128 tokens, its keys in order"
+        raise UserError(
+            f"attn_backend='splash' has no kernel for queries {q.shape} and keys {k.shape}: a "
+            "sequence must be a multiple of 128 tokens, its keys in order; choose 'auto'."
         )
     return splash_attention.splash_attention(q, k, v, spec, softcap)
 

@@ -105,7 +105,7 @@ def _forward(
 
     def fused(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         out, residuals = _rule("_dot_product_attention_fwd_rule", window, q, k, v, found)
-        return out, _statistic(residuals)
+        return out, residuals[-2]  # before the output: the log-sum-exp of each query
 
     def other(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         shape = jax.eval_shape(fused, q, k, v)[1]
@@ -138,10 +138,6 @@ _packed.defvjp(_forward, _backward)
 
 def _spec(window: int | None, ids: Array) -> MaskSpec:
     return MaskSpec(window=window, q_segment_ids=ids, k_segment_ids=ids)
-
-
-def _statistic(residuals: tuple[Any, ...]) -> Array:
-    return residuals[-2]  # before the output: the log-sum-exp of each query
 
 
 def _rule(

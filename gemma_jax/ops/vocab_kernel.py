@@ -65,7 +65,6 @@ def exp_logits(
     *,
     tiles: Tiles | None = None,
     num_blocks: int | None = None,
-    interpret: Any = False,
 ) -> tuple[BFloat16[Array, "n V"], Float32[Array, " n"], Float32[Array, " n"]]:
     """(exp(z - shift), its sum over V, max of z) of the logits z = hidden @ table.T.
 
@@ -93,7 +92,6 @@ def exp_logits(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        interpret=interpret,
     )
     p, sums, tops = run(hidden, table, shift)
     return p, sums.sum(axis=0), tops.max(axis=0)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gemma_jax.errors import UserError
 from gemma_jax.ops.hardware import on_hopper
 from gemma_jax.ops.table import own_ids, table_parts
 
@@ -56,6 +57,11 @@ class _Settings(NamedTuple):
     backend: HeadBackend
 
 
+def default_chunk_tokens(vocab_size: int) -> int:
+    """Of a chunk by way of the logits."""
+    return max(1, min(_CHUNK_TOKENS, _CHUNK_LOGITS // vocab_size))
+
+
 def vocab_loss(
     hidden: Float[Array, "*n D"],
     embedding: Float[Array, "V D"],
@@ -72,7 +78,12 @@ def vocab_loss(
     Differentiable in `hidden` and `embedding`; `target_weights` are constants. Ids may repeat; an
     unused slot has weight 0. Matmuls run in `hidden.dtype` and accumulate in float32; the gradient
     of `embedding` is float32. Memory beyond the inputs and gradients is one chunk of logits,
-    `chunk_tokens` x V (by default at most 1 GiB). `softcap` is Gemma 2's final softcap.
+    `chunk_tokens` x V (by default 1 GiB of float32; of the fused kernel 2 GiB of bfloat16).
+    `softcap` is Gemma 2's final softcap.
+
+    `backend` "fused" takes the kernel of `vocab_kernel.py`, "xla" goes by way of the logits, "auto"
+    takes the kernel on Hopper GPUs where it can do the work. Raises UserError where a kernel that
+    was asked for cannot.
 
     With a layout active (`gemma_jax.sharding`), the leading dimension is split over the batch
     axes, each device works on its own tokens, and on its own part of the vocabulary where the rules
@@ -205,14 +216,25 @@ def _scan(
 
 def _chunk_size(settings: _Settings, n: int, table: Array) -> tuple[int, bool]:
     """Tokens of a chunk, and whether the fused kernel takes them."""
-    fused, V = settings.backend == "fused", table.shape[0]
-    if settings.backend == "auto" and n >= _ROWS and settings.softcap is None and on_hopper():
-        from gemma_jax.ops import vocab_kernel
-
-        fused = vocab_kernel.fits(_ROWS, table.shape, table.dtype)
-    most = _FUSED_LOGITS // V if fused else min(_CHUNK_TOKENS, _CHUNK_LOGITS // V)
-    chunk = min(settings.chunk_tokens or max(1, most), max(n, 1))
+    V = table.shape[0]
+    asked = settings.backend == "fused"
+    fused = asked or (settings.backend == "auto" and n >= _ROWS and on_hopper())
+    if fused and not _fits(settings, table):
+        if asked:
+            raise UserError(
+                f"head_backend='fused' has no kernel for a {table.dtype} table {table.shape} with "
+                f"softcap={settings.softcap}; choose 'auto'."
+            )
+        fused = False
+    most = max(1, _FUSED_LOGITS // V) if fused else default_chunk_tokens(V)
+    chunk = min(settings.chunk_tokens or most, max(n, 1))
     return math.ceil(chunk / _ROWS) * _ROWS if fused else chunk, fused
+
+
+def _fits(settings: _Settings, table: Array) -> bool:
+    from gemma_jax.ops import vocab_kernel  # its imports take a second that others need not spend
+
+    return settings.softcap is None and vocab_kernel.fits(_ROWS, table.shape, table.dtype)
 
 
 def _chunk(
@@ -244,12 +266,10 @@ def _chunk(
     weight = jnp.where(same, w[:, None, :], 0).sum(axis=-1)
     unscale = jnp.where(factor == 0, 0, s.sum / jnp.where(factor == 0, 1, factor))
     at_targets = jnp.exp(stats.target_logits - s.shift[:, None]) - weight * unscale[:, None]
-    p, slope = s.p, None
     if settings.softcap is not None:
-        slope = 1 - jnp.square(stats.target_logits / settings.softcap)
-        at_targets = at_targets * slope
-    rows = jnp.arange(p.shape[0], dtype=ids.dtype)[:, None]
-    p = p.at[rows, places].set(at_targets.astype(p.dtype), mode="drop")
+        at_targets *= 1 - jnp.square(stats.target_logits / settings.softcap)
+    rows = jnp.arange(s.p.shape[0], dtype=ids.dtype)[:, None]
+    p = s.p.at[rows, places].set(at_targets.astype(s.p.dtype), mode="drop")
     d_hidden = jnp.einsum("nV,VD->nD", p, table, preferred_element_type=jnp.float32) * scale
     scaled = (hidden.astype(jnp.float32) * scale).astype(hidden.dtype)
     d_table = jnp.einsum("nV,nD->VD", p, scaled, preferred_element_type=jnp.float32)

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from gemma_jax.model.cache import cache_bytes
+from gemma_jax.ops.vocab_loss import default_chunk_tokens
 from gemma_jax.plan.chips import Hardware
 from gemma_jax.plan.memory import Memory, part_bytes
 from gemma_jax.plan.programs import Task, parts_of
 from gemma_jax.plan.roofline import Traffic
 from gemma_jax.sharding import MESH_AXES, PRESETS, Layout, ShardingRules
 
-# Tokens that the head takes at once, and their logits at most (`ops/vocab_loss.py`).
-_CHUNK_TOKENS, _CHUNK_LOGITS = 4096, 2**28
 _RECOMPUTED = {"none": 1.0, "dots": 1.05, "full": 4 / 3}  # FLOPs, beside those of the model
 
 
@@ -29,7 +28,7 @@ def abstract_layout(task: Task, hardware: Hardware) -> Layout:
     """The layout of a task on devices of which nothing but the number is known."""
     shape = task.mesh.shape(hardware.size)
     mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return Layout(mesh, PRESETS[task.mesh.rules])  # type: ignore[arg-type]
+    return Layout(mesh, PRESETS[task.mesh.rules])  # type: ignore[arg-type] # its sizes suffice
 
 
 def estimate_memory(task: Task, layout: Layout) -> Memory:
@@ -73,7 +72,7 @@ def _temporaries(task: Task, layout: Layout, parts: dict[str, int]) -> dict[str,
         "dots": 4 * D + attention + 2 * c.mlp_dim / split,
         "full": D,
     }
-    chunk = min(max(1, _CHUNK_LOGITS * split // c.vocab_size), _CHUNK_TOKENS, tokens)
+    chunk = min(default_chunk_tokens(c.vocab_size // split), tokens)
     logits, table = chunk * c.vocab_size / split, c.vocab_size * D / split
     if task.kind == "teacher":
         return {"block": tokens * block["none"] * width, "head": logits * 8 + table * width}

@@ -48,8 +48,8 @@ class Collective(NamedTuple):
     """One collective of a program, on each chip.
 
     `bytes` is the size of its result (of a reduce-scatter, of its operand), `times` how often a
-    step runs it. `groups` [n, size] holds the numbers of the chips that take part together; None
-    where it is a permutation, given by `pairs`.
+    step runs it. `groups` [n, size] holds the numbers of the chips that take part together, of
+    a permutation its pairs.
     """
 
     kind: str

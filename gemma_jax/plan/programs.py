@@ -13,7 +13,7 @@ from gemma_jax.distill.records import Record
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.errors import UserError
 from gemma_jax.experiment_config import Experiment, TeacherRun
-from gemma_jax.generation.decode import trace_advance
+from gemma_jax.generation.programs import trace_advance
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.model.config import ModelConfig, flops_per_token
 from gemma_jax.model.transformer import Transformer

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.errors import require_positive
-from gemma_jax.ops.vocab_loss import vocab_loss
+from gemma_jax.ops.vocab_loss import HeadBackend, vocab_loss
 from gemma_jax.settings import check_types
 
 type Batch = Mapping[str, jax.Array]
@@ -41,8 +41,14 @@ class Xent:
         check_types(self)
         require_positive(self, "z_loss", allow_zero=True)
 
-    def build(self, model: LanguageModel, *, softcap: float | None = None) -> Objective:
-        """`softcap` is the model's final softcap."""
+    def build(
+        self,
+        model: LanguageModel,
+        *,
+        softcap: float | None = None,
+        backend: HeadBackend = "auto",
+    ) -> Objective:
+        """`softcap` is the model's final softcap, `backend` that of its head."""
 
         def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
             mask = batch["loss_mask"]
@@ -54,6 +60,7 @@ class Xent:
                 mask[..., None],
                 z_loss=self.z_loss,
                 softcap=softcap,
+                backend=backend,
             )
             label_logit = stats.target_logits[..., 0]
             count = mask.sum()

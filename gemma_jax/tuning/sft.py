@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gemma_jax.errors import require_positive
+from gemma_jax.ops.vocab_loss import HeadBackend
 from gemma_jax.settings import check_types
 from gemma_jax.training.objective import LanguageModel, Objective, Xent
 
@@ -33,6 +34,12 @@ class Sft:
         require_positive(self, "z_loss", "replies", allow_zero=True)
         require_positive(self, "max_new_tokens")
 
-    def build(self, model: LanguageModel, *, softcap: float | None = None) -> Objective:
-        """`softcap` is the model's final softcap."""
-        return Xent(z_loss=self.z_loss).build(model, softcap=softcap)
+    def build(
+        self,
+        model: LanguageModel,
+        *,
+        softcap: float | None = None,
+        backend: HeadBackend = "auto",
+    ) -> Objective:
+        """As that of `Xent`."""
+        return Xent(z_loss=self.z_loss).build(model, softcap=softcap, backend=backend)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_jax.errors import UserError
 from gemma_jax.ops import attention as attention_module
 from gemma_jax.ops.attention import attention
 from gemma_jax.ops.masks import MaskSpec
@@ -150,5 +151,13 @@ def test_splash_interpreted(window, packed, num_kv_heads):
 
 def test_splash_refuses_lengths_that_it_has_no_blocks_for():
     x = jnp.zeros((1, 100, 1, 8))
-    with pytest.raises(ValueError, match="multiple of 128"):
+    with pytest.raises(UserError, match="multiple of 128"):
         attention(x, x, x, MaskSpec(), backend="splash")
+
+
+def test_cudnn_refuses_what_it_cannot_do():
+    x = jnp.zeros((1, 128, 1, 8))
+    with pytest.raises(UserError, match="float32"):
+        attention(x, x, x, MaskSpec(), backend="cudnn")
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        attention(*[x.astype(jnp.bfloat16)] * 3, MaskSpec(), backend="cudnn")

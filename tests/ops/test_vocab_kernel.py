@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_jax.errors import UserError
 from gemma_jax.ops.vocab_kernel import Tiles, exp_logits, fits
 from gemma_jax.ops.vocab_loss import vocab_loss
 
@@ -49,6 +50,20 @@ def test_what_fits():
     assert not fits(256, (384, 128), jnp.bfloat16)
     assert not fits(256, (512, 100), jnp.bfloat16)
     assert not fits(256, (512, 128), jnp.float32)
+
+
+@pytest.mark.parametrize(("dtype", "softcap"), [("float32", None), ("bfloat16", 30.0)])
+def test_what_does_not_fit_is_refused(dtype, softcap):
+    hidden, table, ids, weights = inputs()
+    with pytest.raises(UserError, match="choose 'auto'"):
+        vocab_loss(
+            jnp.asarray(hidden, dtype),
+            jnp.asarray(table, dtype),
+            jnp.asarray(ids),
+            jnp.asarray(weights, jnp.float32),
+            softcap=softcap,
+            backend="fused",
+        )
 
 
 # With `far`, a target is 70 nats and more from the likeliest word: the shift must be mended.
