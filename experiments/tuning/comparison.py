@@ -36,7 +36,7 @@ from gemma_jax.replied import evaluate_replies
 from gemma_jax.sweep import Sweep, finished_runs, points
 from gemma_jax.training.loop import LoopConfig, jit_step
 from gemma_jax.training.optim import AdamW, Cosine
-from gemma_jax.training.step import init_state, state_shardings
+from gemma_jax.training.step import state_like
 from gemma_jax.tuning.lora import Lora, QLora
 from gemma_jax.tuning.qat import Qat
 from gemma_jax.tuning.sft import Scorer, Sft
@@ -296,11 +296,7 @@ def _step_bytes(experiment: Experiment) -> int | None:
     job = build(experiment)
     with job.layout.active():
         optimizer = job.optimizer.build(job.axes, job.num_steps)
-        shapes = jax.eval_shape(lambda: init_state(job.init_params(), optimizer, ema=False))
-        shardings = state_shardings(job.layout, job.axes, shapes)
+        like = state_like(job.layout, job.axes, job.init_params, optimizer, ema=False)
+        step = jit_step(job, optimizer, jax.tree.map(lambda x: x.sharding, like))
         batch = job.layout.place(next(iter(job.batches)), job.batch_size)
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
-        step = jit_step(job, optimizer, shardings)
         return program_bytes(step.lower(like, batch, job.load_frozen()).compile())
