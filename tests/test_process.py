@@ -47,26 +47,38 @@ def test_help_needs_no_jax(argv: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("line", "words", "pattern"),
     [
-        ("generate runs/tiny --prompt a", "give another one of the run", "params/**/d/*"),
-        ("generate runs/tiny --prompt a", "give another one of the run", "params/ocdbt*/d/*"),
-        ("train exp.py", "delete that folder to go on", "params/ocdbt*/d/*"),
-        ("train exp.py", "delete that folder to go on", "progress/ocdbt*/d/*"),
+        ("generate runs/tiny --prompt a", "give another one of the run", "4/params/**/d/*"),
+        ("generate runs/tiny --prompt a", "give another one of the run", "4/params/ocdbt*/d/*"),
+        ("train exp.py", "delete that folder to go on", "*/params/ocdbt*/d/*"),
+        ("train exp.py", "delete that folder to go on", "*/progress/ocdbt*/d/*"),
     ],
 )
 def test_damaged_weights(sandbox: Path, line: str, words: str, pattern: str) -> None:
-    """Every file of the arrays cut, or the largest alone: each is told in another way."""
-    files = sorted(
-        sandbox.glob(f"runs/tiny/checkpoints/4/{pattern}"), key=lambda p: p.stat().st_size
-    )
-    for path in files if "**" in pattern else files[-1:]:
-        path.write_bytes(cut(path.read_bytes()))
+    """Every file of the arrays cut, or large ones alone: each is told in another way."""
+    for path in sandbox.glob(f"runs/tiny/checkpoints/{pattern}"):
+        if "**" in pattern or path.stat().st_size > 2000:
+            path.write_bytes(cut(path.read_bytes()))
     Path("runs/tiny/result.json").unlink()  # so that `train` goes on
     process = ended(command(*line.split()))
     assert process.returncode == 2
     assert process.stdout == ""
     assert len(process.stderr.splitlines()) == 1
-    assert "is damaged; copy it again" in process.stderr
+    assert re.search(r"checkpoints/4 is damaged( \(.*\))?; copy it again", process.stderr)
     assert words in process.stderr
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before(sandbox: Path) -> None:
+    for path in sandbox.glob("runs/tiny/checkpoints/4/params/ocdbt*/d/*"):
+        path.write_bytes(cut(path.read_bytes()))
+    result = json.loads(Path("runs/tiny/result.json").read_text())
+    Path("runs/tiny/result.json").unlink()
+    process = ended(command("train", "exp.py", "--json"))
+    assert process.returncode == 0, process.stderr
+    assert untimed(json.loads(process.stdout)) == untimed(result)
+    left, on = process.stderr.splitlines()[:2]
+    assert left.startswith("the checkpoint runs/tiny/checkpoints/4 is damaged (")
+    assert "moved to runs/tiny/set_aside/4, and the run goes on from step 2" in left
+    assert on == "tiny: going on from step 2"
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 One checkpoint holds `params` (and `ema`) apart from `progress` (step and optimizer state) and
 `data` (the position of the batch stream, the same for all hosts, so that another number of them
-can go on), and a reader of the weights touches nothing else.
+can go on), and a reader of the weights touches nothing else. `check` says whose it is, and has a
+fingerprint of each array, by which a changed byte is noticed. `restore.py` goes on from one.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from gemma_jax.errors import UserError
 from gemma_jax.files import disk_errors
+from gemma_jax.training.fingerprint import fingerprints
 from gemma_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -28,14 +30,18 @@ BEST_METRIC = "valid/bits_per_byte"
 
 
 class Checkpoints:
-    """The checkpoints of a run folder: the last `keep_last`, and the `keep_best` of validation."""
+    """The checkpoints of a run folder: the last `keep_last`, and the `keep_best` of validation.
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, keep_best: int = 1) -> None:
+    `identity` is left with each of them, so that one of another run is known.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep_last: int = 2, keep_best: int = 1, identity: str | None = None
+    ) -> None:
         policies = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(keep_last), _Best(keep_best)]
         )
-        self._folder = folder / FOLDER
-        _check_metrics(folder)
+        self._folder, self._identity = folder / FOLDER, identity
         with disk_errors(self._folder):
             self._manager = ocp.CheckpointManager(
                 self._folder.absolute(),
@@ -62,36 +68,14 @@ class Checkpoints:
             "params": ocp.args.StandardSave(state.params),
             "progress": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             "data": ocp.args.JsonSave(batches.get_state()),
+            "check": ocp.args.JsonSave(
+                {"run": self._identity, "fingerprints": fingerprints(checked(state))}
+            ),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
         with write_errors(self._folder):
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
-
-    def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """The state at `step`, laid out as `like` (shapes, shardings); moves `batches` there."""
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardRestore(like.params),
-            "progress": ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
-            "data": ocp.args.JsonRestore(),
-        }
-        if like.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(like.ema)
-        place = self._folder / str(step)
-        try:
-            _check_shapes(place, place.absolute() / "params", like.params)
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            if not isinstance(restored["data"], dict):
-                raise ValueError("the position of the batch stream is none")
-            batches.set_state(restored["data"])
-        except UserError:
-            raise
-        except Exception as error:  # Orbax wraps what TensorStore says of damage in a bare one
-            raise _damaged(place) from error
-        progress = restored["progress"]
-        return TrainState(
-            progress["step"], restored["params"], progress["opt_state"], restored.get("ema")
-        )
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
@@ -130,14 +114,15 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
     item = weights_folder(folder, step)
     place, steps = Path(folder) / FOLDER / item.parent.name, checkpoint_steps(folder)
     try:
-        _check_shapes(place, item, like)
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-            params = reader.restore(item, args=ocp.args.StandardRestore(like))
+        if difference := other_model(place, item.name, like):
+            raise UserError(f"{place} {difference}; use the settings that it was trained with.")
+        params = read_item(place, item.name, like)
+        check_values(place, {item.name: params})
         gc.collect()  # Orbax leaves what it has read in reference cycles, as large as the model
         return params
     except UserError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # Orbax wraps what TensorStore says of damage in a bare one
         raise UserError(
             f"the checkpoint {place} is damaged; copy it again, or give another one of the run, "
             f"which has {steps}."
@@ -157,20 +142,67 @@ def weights_folder(folder: str | Path, step: int | None = None) -> Path:
     return place.absolute() / ("ema" if (place / "ema").exists() else "params")
 
 
-def _check_shapes(place: Path, item: Path, like: Any) -> None:
+def read_item(place: Path, name: str, like: Any) -> Any:
+    """A tree of a checkpoint, laid out as `like`. Each process reads its own part, and waits for no
+    other, so that one that cannot may say so."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(place.absolute() / name, args=ocp.args.StandardRestore(like))
+
+
+def other_model(place: Path, name: str, like: Any) -> str | None:
+    """How a tree of a checkpoint differs from `like`; None where its shapes are the same."""
     # The handler alone: a `Checkpointer` would ask this item for what its checkpoint has, and warn.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        saved = reader.metadata(item)
+        saved = reader.metadata(place.absolute() / name)
     if saved is None:
         raise ValueError("its weights cannot be read")
-    _same_shapes(like, saved.tree, place)
+    wanted, found = _shapes(like), _shapes(saved.tree)
+    for path in sorted(wanted.keys() | found.keys()):
+        if wanted.get(path) != found.get(path):
+            there, here = found.get(path, "none"), wanted.get(path, "none")
+            return (
+                f"is a checkpoint of another model: parameter {path} has shape {there} there and "
+                f"{here} here"
+            )
+    return None
 
 
-def _damaged(place: Path) -> UserError:
-    return UserError(
-        f"the checkpoint {place} is damaged; copy it again, or delete that folder to go on from "
-        "the one before."
-    )
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def checked(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that a checkpoint has fingerprints of, by their names there."""
+    return {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+
+
+def saved_check(place: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing if it was imported, or written before there was
+    anything to say."""
+    path = place / "check" / "metadata"
+    value = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise ValueError("what it says of itself cannot be read")
+    return value
+
+
+def check_values(place: Path, parts: dict[str, Any]) -> None:
+    """Compares arrays with what was written; all processes must call it together."""
+    saved = saved_check(place).get("fingerprints")
+    if saved is None:
+        return
+    for path, found in fingerprints(parts).items():
+        if saved.get(path) != found:
+            raise ValueError(f"{path} is not what was written")
+
+
+def check_metrics(place: Path) -> None:
+    """Orbax reads the metrics of every checkpoint when it opens the folder."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            json.loads((place / "metrics" / "metrics").read_text())
+        except ValueError:
+            raise ValueError("its metrics cannot be read") from None
 
 
 def _score(metrics: Any) -> float:
@@ -191,26 +223,3 @@ class _Best(checkpoint_managers.PreservationPolicy):
         validated = [one for one in checkpoints if math.isfinite(_score(one.metrics))]
         best = sorted(validated, key=lambda one: _score(one.metrics))[: self._n]
         return [one in best for one in checkpoints]
-
-
-def _check_metrics(folder: Path) -> None:
-    """Orbax reads the metrics of every checkpoint when it opens the folder."""
-    for step in checkpoint_steps(folder):
-        place = folder / FOLDER / str(step)
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                json.loads((place / "metrics" / "metrics").read_text())
-            except ValueError as error:
-                raise _damaged(place) from error
-
-
-def _same_shapes(like: Any, saved: Any, place: Path) -> None:
-    wanted = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree.leaves_with_path(like)}
-    found = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree.leaves_with_path(saved)}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise UserError(
-                f"{place} is a checkpoint of another model: parameter {name} has shape "
-                f"{found.get(name, 'none')} there and {wanted.get(name, 'none')} here; use the "
-                "model settings that it was trained with."
-            )

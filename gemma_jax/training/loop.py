@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import jax
 import numpy as np
 import optax
 
-from gemma_jax.errors import Interrupted, Preempted, UserError, require_fractions, require_positive
+from gemma_jax import stops
+from gemma_jax.errors import UserError, require_fractions, require_positive
 from gemma_jax.progress import progress
 from gemma_jax.settings import check_types
 from gemma_jax.sharding import Layout
@@ -24,6 +23,7 @@ from gemma_jax.training.checkpoint import BEST_METRIC, Checkpoints
 from gemma_jax.training.metrics import MetricsLog, median, peak_flops, read_metrics
 from gemma_jax.training.objective import Objective
 from gemma_jax.training.optim import Optimizer
+from gemma_jax.training.restore import last_good
 from gemma_jax.training.step import (
     Join,
     TrainState,
@@ -83,6 +83,7 @@ class Job:
     evaluate: Evaluate
     seed: int = 0
     settings: Any = None  # what W&B is told of the run, as JSON
+    identity: str | None = None  # another run's checkpoints have another one
     load_params: Callable[[Any], Any] | None = None
     load_frozen: Callable[[], Any] = lambda: None
     join: Join = everything
@@ -112,17 +113,21 @@ def train(job: Job) -> Trained:
 
         shapes = jax.eval_shape(lambda: begin(job.init_params()))
         shardings = state_shardings(job.layout, job.axes, shapes)
+        batches = iter(job.batches)
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+        found = last_good(job.folder, like, batches, identity=job.identity)
         checkpoints = Checkpoints(
-            job.folder, keep_last=job.config.keep_last, keep_best=job.config.keep_best
+            job.folder,
+            keep_last=job.config.keep_last,
+            keep_best=job.config.keep_best,
+            identity=job.identity,
         )
         stack.callback(checkpoints.close)
-        batches = iter(job.batches)
-        start = checkpoints.latest_step() or 0
-        if start:
-            like = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-            )
-            state = checkpoints.restore(start, like, batches)
+        start = 0
+        if found is not None:
+            state, start = found, int(found.step)
             if start < job.num_steps and jax.process_index() == 0:
                 print(f"{job.name}: going on from step {start}", file=sys.stderr)
         elif job.load_params is not None:
@@ -180,7 +185,7 @@ def _run(
     clock = _Clock(job)
     with (
         progress(job.name, job.num_steps, start=start) as advance,
-        _stop_requests() as stop_requested,
+        stops.requests(start) as asked,
     ):
         for done in range(start + 1, job.num_steps + 1):
             batch = clock.wait_for(batches)
@@ -198,7 +203,7 @@ def _run(
                 clock.restart()
             if values:
                 log.write(done, values)
-            stopping = stop_requested()
+            stopping = asked(done)
             if done % config.checkpoint_every == 0 or last or stopping:
                 _measured(metrics, done, checkpoints)  # what is not finite is not saved
                 log.sync()  # a checkpoint never outlives the numbers that came before it
@@ -208,10 +213,10 @@ def _run(
             advance(1, _note(values) if values else "")
             if stopping:
                 checkpoints.wait()
-                kind = Preempted if stopping == signal.SIGTERM else Interrupted
-                raise kind(
+                raise stops.stopped(
+                    stopping,
                     f"{job.name} stopped at step {done} of {job.num_steps} and is saved; "
-                    "the same command goes on from there."
+                    "the same command goes on from there.",
                 )
         checkpoints.wait()
     return state
@@ -297,26 +302,3 @@ def _summary(records: list[dict[str, float]]) -> dict[str, float]:
         if value is not None:
             summary[name] = value
     return summary
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-    """Gives the number of the first SIGINT or SIGTERM, 0 before; a second one acts as always."""
-    requested = 0
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: Any) -> None:
-        nonlocal requested
-        requested = number
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
