@@ -148,6 +148,12 @@ def _train(arguments: argparse.Namespace) -> None:
         experiment = sweep.experiment(arguments.point, sweep.seeds[0])
     else:
         experiment = _load_base(Path(arguments.file), arguments)
+    if arguments.replay is not None:
+        from gemma_jax.replay import replay
+
+        seen = replay(experiment, arguments.replay)
+        report.emit(arguments, seen, report.replay(seen))
+        return
     result = run(experiment)
     report.emit(arguments, result, report.run(result, experiment.folder))
 

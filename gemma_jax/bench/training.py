@@ -49,7 +49,9 @@ def train(config: BenchConfig) -> list[Row]:
         optimizer = job.optimizer.build(job.axes, job.num_steps)
 
         def fresh() -> Any:
-            return init_state(job.init_params(), optimizer, ema=False)
+            return init_state(
+                job.init_params(), optimizer, ema=False, on_bad_step=job.config.on_bad_step
+            )
 
         shapes = jax.eval_shape(fresh)
         shardings = state_shardings(layout, job.axes, shapes)

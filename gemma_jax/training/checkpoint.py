@@ -11,17 +11,17 @@ import gc
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from gemma_jax.errors import UserError
 from gemma_jax.files import disk_errors
+from gemma_jax.training.bad_steps import watch_to_json
 from gemma_jax.training.fingerprint import fingerprints
 from gemma_jax.training.step import TrainState
 
@@ -32,14 +32,21 @@ BEST_METRIC = "valid/bits_per_byte"
 class Checkpoints:
     """The checkpoints of a run folder: the last `keep_last`, and the `keep_best` of validation.
 
-    `identity` is left with each of them, so that one of another run is known.
+    And the last before each of `bad_steps()`. `identity` is left with every one, so that those of
+    another run are known.
     """
 
     def __init__(
-        self, folder: Path, *, keep_last: int = 2, keep_best: int = 1, identity: str | None = None
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        identity: str | None = None,
+        bad_steps: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         policies = checkpoint_managers.AnyPreservationPolicy(
-            [checkpoint_managers.LatestN(keep_last), _Best(keep_best)]
+            [checkpoint_managers.LatestN(keep_last), _Best(keep_best), _Before(bad_steps)]
         )
         self._folder, self._identity = folder / FOLDER, identity
         with disk_errors(self._folder):
@@ -60,20 +67,21 @@ class Checkpoints:
         """The step of the best checkpoint by validation, None where none was measured."""
         return self._manager.best_step()
 
-    def save(
-        self, state: TrainState, batches: grain.DatasetIterator, metrics: dict[str, float]
-    ) -> None:
-        """Starts to write; the arrays are copied off the device before this returns."""
+    def save(self, state: TrainState, position: Any, metrics: dict[str, float]) -> None:
+        """Starts to write; the arrays are copied off the device before this returns. `position` is
+        the place in the stream of batches."""
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
             "progress": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "data": ocp.args.JsonSave(batches.get_state()),
+            "data": ocp.args.JsonSave(position),
             "check": ocp.args.JsonSave(
                 {"run": self._identity, "fingerprints": fingerprints(checked(state))}
             ),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        if state.watch is not None:
+            items["watch"] = ocp.args.JsonSave(watch_to_json(state.watch))
         with write_errors(self._folder):
             self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
@@ -176,24 +184,23 @@ def checked(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
 
 
-def saved_check(place: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; nothing if it was imported, or written before there was
-    anything to say."""
-    path = place / "check" / "metadata"
-    value = json.loads(path.read_text()) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise ValueError("what it says of itself cannot be read")
-    return value
-
-
 def check_values(place: Path, parts: dict[str, Any]) -> None:
     """Compares arrays with what was written; all processes must call it together."""
-    saved = saved_check(place).get("fingerprints")
+    saved = saved_json(place, "check").get("fingerprints")
     if saved is None:
         return
     for path, found in fingerprints(parts).items():
         if saved.get(path) != found:
             raise ValueError(f"{path} is not what was written")
+
+
+def saved_json(place: Path, name: str) -> dict[str, Any]:
+    """A JSON item of a checkpoint; nothing where it has none."""
+    path = place / name / "metadata"
+    value = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"its {name} cannot be read")
+    return value
 
 
 def check_metrics(place: Path) -> None:
@@ -223,3 +230,15 @@ class _Best(checkpoint_managers.PreservationPolicy):
         validated = [one for one in checkpoints if math.isfinite(_score(one.metrics))]
         best = sorted(validated, key=lambda one: _score(one.metrics))[: self._n]
         return [one in best for one in checkpoints]
+
+
+class _Before(checkpoint_managers.PreservationPolicy):
+    """Keeps the last checkpoint before each bad step."""
+
+    def __init__(self, bad_steps: Callable[[], Sequence[int]]) -> None:
+        self._bad_steps = bad_steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [one.step for one in checkpoints]
+        kept = {max((s for s in steps if s < bad), default=None) for bad in self._bad_steps()}
+        return [step in kept for step in steps]

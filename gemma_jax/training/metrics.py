@@ -57,6 +57,18 @@ def median(records: list[dict[str, float]], name: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def summary(records: list[dict[str, float]]) -> dict[str, float]:
+    """The last value of each metric; speeds as the median over the run."""
+    last: dict[str, float] = {}
+    for record in records:
+        last |= record
+    for name in ("tokens_per_s", "mfu", "data_wait"):
+        value = median(records, name)
+        if value is not None:
+            last[name] = value
+    return last
+
+
 class MetricsLog:
     """Appends records to a run folder. Records after `start_step` are dropped when it opens: the
     steps behind them will be done again. Of several hosts the first alone writes."""

@@ -6,16 +6,17 @@ bits flipped in the files of a small checkpoint, it noticed none).
 """
 
 import contextlib
+import math
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import grain
-import orbax.checkpoint as ocp
 
 from gemma_jax.errors import UserError
 from gemma_jax.hosts import any_of, first_alone, is_first
+from gemma_jax.training.bad_steps import watch_from_json
 from gemma_jax.training.checkpoint import (
     FOLDER,
     check_metrics,
@@ -24,7 +25,7 @@ from gemma_jax.training.checkpoint import (
     checkpoint_steps,
     other_model,
     read_item,
-    saved_check,
+    saved_json,
 )
 from gemma_jax.training.step import TrainState
 
@@ -38,19 +39,28 @@ class _Unfit(Exception):  # noqa: N818
 
 
 def last_good(
-    folder: Path, like: TrainState, batches: grain.DatasetIterator, *, identity: str | None = None
+    folder: Path,
+    like: TrainState,
+    batches: grain.DatasetIterator,
+    *,
+    identity: str | None = None,
+    up_to: int | None = None,
 ) -> TrainState | None:
     """The state of the last good checkpoint of a run folder; None where there is no checkpoint.
 
     Laid out as `like` (shapes with shardings); moves `batches` to its place in the stream. Those
     that are damaged, or of another run than `identity`, are moved aside, with a sentence each.
-    Raises UserError where none is good, and leaves them where they are.
+    Raises UserError where none is good, and leaves them where they are. With `up_to`, of the last
+    one up to that step, and nothing is moved.
     """
     faults: dict[Path, str] = {}
-    steps = [step for step in checkpoint_steps(folder) if step > 0]
+    last = math.inf if up_to is None else up_to
+    steps = [step for step in checkpoint_steps(folder) if 0 < step <= last]
     for step in reversed(steps):
         place = folder / FOLDER / str(step)
         state, fault = _attempt(place, step, like, batches, identity)
+        if state is not None and up_to is not None:
+            return state
         if state is not None:
             for older in steps[: steps.index(step)]:
                 other = folder / FOLDER / str(older)
@@ -109,7 +119,7 @@ def _read(
     place: Path, step: int, like: TrainState, batches: grain.DatasetIterator, identity: str | None
 ) -> TrainState:
     check_metrics(place)
-    owner = saved_check(place).get("run")
+    owner = saved_json(place, "check").get("run")
     if None not in (owner, identity) and owner != identity:
         raise _Unfit("is of another run")
     if difference := other_model(place, "params", like.params):
@@ -119,11 +129,14 @@ def _read(
         raise _Unfit(f"is damaged (it says that it is of step {int(progress['step'])})")
     params = read_item(place, "params", like.params)
     ema = None if like.ema is None else read_item(place, "ema", like.ema)
-    position = ocp.JsonCheckpointHandler().restore(place.absolute() / "data")
-    if not isinstance(position, dict):
+    position = saved_json(place, "data")
+    if not position:
         raise _Unfit("is damaged (it does not say where in the data it is)")
     batches.set_state(position)
-    return TrainState(progress["step"], params, progress["opt_state"], ema)
+    watch = None
+    if like.watch is not None:
+        watch = watch_from_json(saved_json(place, "watch"), like.watch)
+    return TrainState(progress["step"], params, progress["opt_state"], ema, watch)
 
 
 def _set_aside(folder: Path, faults: dict[Path, str], step: int) -> None:
