@@ -6,7 +6,6 @@ update added to it.
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from gemma_jax.files import read_json, write_json
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import checked_fields, to_json
 from gemma_jax.training.checkpoint import load_params
+from gemma_jax.training.weights import weights_hash
 from gemma_jax.tuning import lora
 from gemma_jax.tuning.lora import Lora, QLora
 from gemma_jax.tuning.nf4 import Nf4, pack
@@ -93,19 +93,9 @@ def read_adapter(run: Path) -> Adapter:
     )
 
 
-def weights_hash(weights: Weights, shapes: Any) -> str:
-    """SHA-256 over every parameter's path, shape and float32 bytes, in the order of the paths."""
-    digest = hashlib.sha256()
-    leaves = [(jax.tree_util.keystr(p), p, x) for p, x in jax.tree.leaves_with_path(shapes)]
-    for name, path, like in sorted(leaves, key=lambda leaf: leaf[0]):
-        digest.update(f"{name} {like.shape}".encode())
-        digest.update(np.ascontiguousarray(_whole(weights, _names(path), like)).data)
-    return digest.hexdigest()
-
-
 def check_base(adapter: Adapter, weights: Weights, model: Transformer) -> None:
     """Refuses a base whose weights are not those that the adapter was trained on."""
-    if weights_hash(weights, model.shapes()) != adapter.base_hash:
+    if weights_hash(model.shapes(), weights.read) != adapter.base_hash:
         raise UserError(
             f"{adapter.base} is not the base that the adapter was trained on: its weights have "
             f"another hash than {adapter.base_hash[:12]}; give back that base."

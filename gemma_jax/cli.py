@@ -286,7 +286,7 @@ def _load_file(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    from gemma_jax.experiment import SETTINGS
+    from gemma_jax.experiment_config import SETTINGS
     from gemma_jax.settings import parse_assignments
 
     return parse_assignments(arguments.set, SETTINGS)

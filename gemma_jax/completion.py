@@ -17,6 +17,7 @@ from gemma_jax.generation.text import STOP_IDS, STRIDE, TextCompletion, Writer, 
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import override
 from gemma_jax.sharding import MeshConfig, chosen_layout
+from gemma_jax.training.weights import weights_hash
 from gemma_jax.tuning.lora import join_many
 
 type Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a conversation
@@ -184,7 +185,7 @@ def load_adapters(
     if compute_dtype is not None:
         config = override(config, {"compute_dtype": compute_dtype})
     model, weights, own = Transformer(config), runs.open_base(folder), []
-    known = adapted.weights_hash(weights, model.shapes())
+    known = weights_hash(model.shapes(), weights.read)
     for place in adapters:
         path, step = runs.run_and_step(place)
         if not adapted.is_adapter(path):

@@ -22,7 +22,7 @@ from gemma_jax.interop.tensors import Tensors, by_name, check_names, pieces
 from gemma_jax.model.config import ModelConfig, count_parameters
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
-from gemma_jax.training.weights import WeightsWriter
+from gemma_jax.training.weights import WeightsWriter, weights_hash
 from gemma_jax.tuning import lora
 
 IMPORTED, MODELFILE = "imported.json", "Modelfile"
@@ -141,9 +141,8 @@ def _import_adapter(source: Path, dest: Path, base: str | Path | None) -> dict[s
     shapes = jax.eval_shape(
         lambda: lora.init_adapter(own, model.axes(), model.shapes(), jax.random.key(0))
     )
-    described = adapted.Adapter(
-        own, str(base), adapted.weights_hash(runs.open_base(base), model.shapes())
-    )
+    known = weights_hash(model.shapes(), runs.open_base(base).read)
+    described = adapted.Adapter(own, str(base), known)
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     value = {"source": str(source), "format": "peft", "parameters": size}
     with _aside(dest) as folder:

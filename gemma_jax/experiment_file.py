@@ -74,7 +74,7 @@ def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> d
 
 
 def _check(path: Path, defined: Mapping[str, Any]) -> None:
-    from gemma_jax.experiment import Experiment
+    from gemma_jax.experiment_config import Experiment
     from gemma_jax.sweep import Sweep
 
     if "BASE" not in defined and "SWEEP" not in defined:

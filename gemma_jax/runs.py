@@ -12,7 +12,6 @@ result.json       written last: its presence says that the run is finished
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import shutil
 import subprocess
@@ -36,7 +35,6 @@ from gemma_jax.data.token_set import MANIFEST_FILE
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.files import locked, read_json, write_json
-from gemma_jax.hosts import fetch
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import checked_fields, differences, override, to_json
@@ -50,7 +48,6 @@ from gemma_jax.training.weights import SavedWeights
 RUNS = Path("runs")
 EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
 TOKENIZER, CONVERSATIONS = "tokenizer.model", "conversations.json"
-_PIECE_BYTES = 1 << 28  # of an array that processes put together for its hash
 LOCK = ".train.lock"  # another name than that of token sets, which may lie in the same folder
 
 # What may differ between two starts of one run: it changes how the run is watched or laid out, not
@@ -325,26 +322,3 @@ def read_config(path: Path) -> ModelConfig:
         return ModelConfig(**checked_fields(ModelConfig, values))
     except (TypeError, UserError) as error:  # TypeError: one is missing
         raise UserError(f"{path} does not describe a model: {str(error).rstrip('.')}.") from error
-
-
-def params_hash(params: Any) -> str:
-    """SHA-256 over every parameter's path, shape and float32 bytes, in the order of the paths."""
-    digest = hashlib.sha256()
-    for path, value in sorted(
-        (jax.tree_util.keystr(path), value) for path, value in jax.tree.leaves_with_path(params)
-    ):
-        digest.update(f"{path} {value.shape}".encode())
-        for part in _pieces(value):
-            digest.update(np.ascontiguousarray(part, np.float32).data)
-    return digest.hexdigest()
-
-
-def _pieces(value: jax.Array) -> Iterator[np.ndarray]:
-    """An array on the host; where other processes hold parts of it, some rows at a time, so that
-    none needs it whole."""
-    if value.is_fully_addressable:
-        yield jax.device_get(value)
-        return
-    rows = max(1, _PIECE_BYTES // max(1, value.nbytes // value.shape[0]))
-    for start in range(0, value.shape[0], rows):
-        yield fetch(value[start : start + rows])

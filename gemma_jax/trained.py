@@ -26,6 +26,7 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout, MeshConfig, active, chosen_layout, make_layout
+from gemma_jax.training.weights import weights_hash
 
 LESSON = "teacher.json"  # beside the shards of an experiment: the settings of their teacher
 
@@ -180,7 +181,7 @@ def write_shards(
         num_sequences=count,
         seq_len=seq_len,
         vocab_size=loaded.tokenizer.vocab_size,
-        teacher_hash=runs.params_hash(loaded.params),
+        teacher_hash=weights_hash(loaded.params),
         tokenizer_hash=loaded.tokenizer.hash,
     )
 
@@ -245,7 +246,7 @@ def verify_shards(
     manifest = TeacherShards.open(path).manifest
     layout = make_layout(mesh or MeshConfig())
     loaded = runs.load_model(folder, layout=layout)
-    if runs.params_hash(loaded.params) != manifest["teacher_hash"]:
+    if weights_hash(loaded.params) != manifest["teacher_hash"]:
         raise UserError(
             f"{folder} is not the teacher of {path}: its weights have another hash; give the run "
             "that wrote the shards."

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gemma_jax import adapted, runs
-from gemma_jax.adapted import Adapter, weights_hash, write_adapter
+from gemma_jax.adapted import Adapter, write_adapter
 from gemma_jax.data.conversations import Conversations, ConversationSet, read_conversations
 from gemma_jax.data.loader import conversation_stream
 from gemma_jax.data.packed_conversations import PackedConversations
@@ -25,6 +25,7 @@ from gemma_jax.hosts import is_first
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sharding import Layout
+from gemma_jax.training.weights import weights_hash
 from gemma_jax.tuning.lora import Lora, adapter_axes, init_adapter, join
 from gemma_jax.tuning.sft import Sft
 
@@ -178,7 +179,7 @@ def adapted_job(
 
     def load_frozen() -> Any:
         if is_first():
-            write_adapter(folder, Adapter(settings, init, weights_hash(base, shapes)))
+            write_adapter(folder, Adapter(settings, init, weights_hash(shapes, base.read)))
         return adapted.load_frozen(base, settings, model, place)
 
     return {

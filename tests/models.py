@@ -9,7 +9,7 @@ from gemma_jax import adapted, runs
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.training.weights import WeightsWriter
+from gemma_jax.training.weights import WeightsWriter, weights_hash
 from gemma_jax.tuning.lora import Lora, init_adapter
 
 TOKENIZER = Path(__file__).parent / "goldens" / "tokenizer_tiny.model"
@@ -63,6 +63,6 @@ def make_adapter(folder: Path, base: Path, settings: Lora, *, seed: int = 1) -> 
         value = rng.standard_normal(leaf.shape).astype(np.float32) * 0.05
         writer.write(tuple(key.key for key in path), 0, leaf.shape[0], value)
     runs.describe_model(folder, model.config, Tokenizer.load(TOKENIZER))
-    known = adapted.weights_hash(runs.open_base(base), model.shapes())
+    known = weights_hash(model.shapes(), runs.open_base(base).read)
     adapted.write_adapter(folder, adapted.Adapter(settings, str(base), known))
     return folder

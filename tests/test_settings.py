@@ -8,7 +8,7 @@ from gemma_jax.data.mixture import Stage
 from gemma_jax.data.tokens import Corpus
 from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
-from gemma_jax.experiment import SETTINGS, Experiment, TeacherRun
+from gemma_jax.experiment_config import SETTINGS, Experiment, TeacherRun
 from gemma_jax.model.config import tiny
 from gemma_jax.settings import differences, override, parse_assignments, to_json
 from gemma_jax.sharding import MeshConfig

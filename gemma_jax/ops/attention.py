@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from gemma_jax.ops.cudnn_attention import can_do, cudnn_attention
+from gemma_jax.ops.hardware import on_hopper
 from gemma_jax.ops.masks import MaskSpec, dense_mask, visible
 from gemma_jax.sharding import current_layout
 
-Backend = Literal["auto", "reference", "banded"]
+Backend = Literal["auto", "reference", "banded", "cudnn"]
 
 MASKED = -2.3819763e38  # finite, so that a row with nothing to see gives no NaN
 _MIN_BLOCK = 128  # smaller blocks lose more to overhead than they save
@@ -46,15 +48,18 @@ def attention(
     `softcap` squashes the scores to (-softcap, softcap) before the mask (Gemma 2).
     """
     if backend == "auto":
-        backend = _choose(q, k, spec)
+        backend = _choose(q, k, spec, softcap)
     if backend == "reference":
         return _reference(q, k, v, spec, softcap)
-    return _on_each_device({"banded": _banded}[backend], q, k, v, spec, softcap)
+    run = {"banded": _banded, "cudnn": _cudnn}[backend]
+    return _on_each_device(run, q, k, v, spec, softcap)
 
 
-def _choose(q: Array, k: Array, spec: MaskSpec) -> Backend:
+def _choose(q: Array, k: Array, spec: MaskSpec, softcap: float | None) -> Backend:
     in_order = q.shape[1] == k.shape[1] and spec.q_positions is None and spec.k_positions is None
-    return "banded" if in_order else "reference"
+    if not in_order:
+        return "reference"
+    return "cudnn" if on_hopper() and can_do(q, k, spec, softcap) else "banded"
 
 
 def _on_each_device(
@@ -124,6 +129,21 @@ def _attend(
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def _cudnn(
+    q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
+) -> Float[Array, "B T N H"]:
+    if not can_do(q, k, spec, softcap):
+        raise ValueError(
+            f"cuDNN has no attention for {q.dtype} queries {q.shape}, keys {k.shape} and "
+            f"softcap={softcap}"
+        )
+    return cudnn_attention(q, k, v, spec, otherwise=_plain_banded)
+
+
+def _plain_banded(q: Array, k: Array, v: Array, spec: MaskSpec) -> Float[Array, "B T N H"]:
+    return _banded(q, k, v, spec, None)
 
 
 def _banded(

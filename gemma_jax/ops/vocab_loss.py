@@ -18,17 +18,23 @@ exponentials and target logits are joined (Shoeybi et al. 2019, section 3), and 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gemma_jax.ops.hardware import on_hopper
 from gemma_jax.ops.table import own_ids, table_parts
 
+HeadBackend = Literal["auto", "xla", "fused"]
+
 _CHUNK_LOGITS = 2**28  # 1 GiB of float32
+_FUSED_LOGITS = 2**31  # 4 GiB of bfloat16
 _CHUNK_TOKENS = 4096  # larger chunks no longer make the matmuls faster
+_ROWS = 256  # a chunk of the fused kernel is a multiple of this
+_FAR = 60.0  # nats
 
 
 class VocabStats(NamedTuple):
@@ -47,10 +53,7 @@ class _Settings(NamedTuple):
     z_loss: float
     softcap: float | None
     chunk_tokens: int | None
-
-
-def default_chunk_tokens(vocab_size: int) -> int:
-    return max(1, min(_CHUNK_TOKENS, _CHUNK_LOGITS // vocab_size))
+    backend: HeadBackend
 
 
 def vocab_loss(
@@ -62,6 +65,7 @@ def vocab_loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
+    backend: HeadBackend = "auto",
 ) -> tuple[Float[Array, ""], VocabStats]:
     """The summed loss in nats (see the module's docstring), and per-token statistics.
 
@@ -74,7 +78,7 @@ def vocab_loss(
     axes, each device works on its own tokens, and on its own part of the vocabulary where the rules
     split that; chunks are of a device. The gradient of `embedding` lies where `embedding` does.
     """
-    settings = _Settings(float(z_loss), softcap, chunk_tokens)
+    settings = _Settings(float(z_loss), softcap, chunk_tokens, backend)
     weights = jax.lax.stop_gradient(target_weights).astype(jnp.float32)
     with jax.named_scope("head"):
         return _vocab_loss(settings, hidden, embedding, target_ids, weights)
@@ -166,14 +170,14 @@ def _scan(
     vocabulary, which is split over the mesh axis `axis`, or all of it."""
     shape, D, M = hidden.shape[:-1], hidden.shape[-1], ids.shape[-1]
     n = math.prod(shape)
-    chunk = min(settings.chunk_tokens or default_chunk_tokens(table.shape[0]), max(n, 1))
+    chunk, fused = _chunk_size(settings, n, table)
     count = math.ceil(n / chunk)
 
     def chunks(x: Array) -> Array:
         x = jnp.pad(x.reshape(n, x.shape[-1]), ((0, count * chunk - n), (0, 0)))
         return x.reshape(count, chunk, x.shape[-1])
 
-    one = functools.partial(_chunk, settings, with_gradient, axis, table)
+    one = functools.partial(_chunk, settings, with_gradient, fused, axis, table)
 
     def step(carry: tuple[Array, Array | None], x: tuple[Array, Array, Array]) -> tuple:
         loss, stats, gradients = one(*x)
@@ -199,50 +203,125 @@ def _scan(
     return loss, stats, (whole(d_hidden, D), d_table)
 
 
+def _chunk_size(settings: _Settings, n: int, table: Array) -> tuple[int, bool]:
+    """Tokens of a chunk, and whether the fused kernel takes them."""
+    fused, V = settings.backend == "fused", table.shape[0]
+    if settings.backend == "auto" and n >= _ROWS and settings.softcap is None and on_hopper():
+        from gemma_jax.ops import vocab_kernel
+
+        fused = vocab_kernel.fits(_ROWS, table.shape, table.dtype)
+    most = _FUSED_LOGITS // V if fused else min(_CHUNK_TOKENS, _CHUNK_LOGITS // V)
+    chunk = min(settings.chunk_tokens or max(1, most), max(n, 1))
+    return math.ceil(chunk / _ROWS) * _ROWS if fused else chunk, fused
+
+
 def _chunk(
     settings: _Settings,
     with_gradient: bool,
+    fused: bool,
     axis: str | None,
     table: Array,
     hidden: Array,
     ids: Array,
     w: Array,
 ) -> _Result:
-    z = jnp.einsum("nD,VD->nV", hidden, table, preferred_element_type=jnp.float32)
-    if settings.softcap is not None:
-        z = settings.softcap * jnp.tanh(z / settings.softcap)
-    places, here = own_ids(ids, z.shape[1], axis)
-    stats = _statistics(z, places, here, axis)
-    lse = stats.lse
+    places, here = own_ids(ids, table.shape[0], axis)
+    if fused:
+        s = _fused_softmax(axis, table, hidden, places, here)
+    else:
+        s = _softmax(settings.softcap, axis, table, hidden, places, here)
+    lse, stats = s.stats.lse, s.stats
     total = w.sum(axis=-1)
     loss = (total * lse * (1 + settings.z_loss * lse)).sum() - (w * stats.target_logits).sum()
     if not with_gradient:
         return loss, stats, None
 
+    # dz = scale * (p - targets): the scale of a token goes to the small factors of both matmuls,
+    # and the targets are set into p, computed anew in float32 where p is rounded.
     factor = total * (1 + 2 * settings.z_loss * lse)
-    dz = factor[:, None] * jnp.exp(z - lse[:, None])
-    rows = jnp.arange(z.shape[0], dtype=ids.dtype)[:, None]
-    dz = dz.at[rows, places].add(-w, mode="drop")
+    scale = (factor / s.sum)[:, None]
+    same = ids[:, :, None] == ids[:, None, :]  # an id may be given in several slots
+    weight = jnp.where(same, w[:, None, :], 0).sum(axis=-1)
+    unscale = jnp.where(factor == 0, 0, s.sum / jnp.where(factor == 0, 1, factor))
+    at_targets = jnp.exp(stats.target_logits - s.shift[:, None]) - weight * unscale[:, None]
+    p, slope = s.p, None
     if settings.softcap is not None:
-        dz = dz * (1 - jnp.square(z / settings.softcap))
-    dz = dz.astype(hidden.dtype)
-    d_hidden = jnp.einsum("nV,VD->nD", dz, table)
-    d_table = jnp.einsum("nV,nD->VD", dz, hidden, preferred_element_type=jnp.float32)
-    return loss, stats, (d_hidden, d_table)
+        slope = 1 - jnp.square(stats.target_logits / settings.softcap)
+        at_targets = at_targets * slope
+    rows = jnp.arange(p.shape[0], dtype=ids.dtype)[:, None]
+    p = p.at[rows, places].set(at_targets.astype(p.dtype), mode="drop")
+    d_hidden = jnp.einsum("nV,VD->nD", p, table, preferred_element_type=jnp.float32) * scale
+    scaled = (hidden.astype(jnp.float32) * scale).astype(hidden.dtype)
+    d_table = jnp.einsum("nV,nD->VD", p, scaled, preferred_element_type=jnp.float32)
+    return loss, stats, (d_hidden.astype(hidden.dtype), d_table)
 
 
-def _statistics(z: Array, places: Array, here: Array, axis: str | None) -> VocabStats:
-    """Of logits [n, V], or of this device's columns of them where `axis` splits V."""
+class _Softmax(NamedTuple):
+    """A softmax that is not divided by its sum: p = exp(z - shift), this device's columns of it,
+    times the slope of a softcap, in the dtype of the matmuls; `sum` is over all columns."""
+
+    p: Float[Array, "n V"]
+    sum: Float[Array, " n"]
+    shift: Float[Array, " n"]
+    stats: VocabStats
+
+
+def _softmax(
+    softcap: float | None,
+    axis: str | None,
+    table: Array,
+    hidden: Array,
+    places: Array,
+    here: Array,
+) -> _Softmax:
+    """By way of the logits."""
+    z = jnp.einsum("nD,VD->nV", hidden, table, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        z = softcap * jnp.tanh(z / softcap)
     top = z.max(axis=-1)
     if axis is not None:
         top = jax.lax.pmax(top, axis)
-    total = jnp.exp(z - top[:, None]).sum(axis=-1)
+    p = jnp.exp(z - top[:, None])
+    total = p.sum(axis=-1)
     targets = jnp.take_along_axis(z, places, axis=-1, mode="clip")
     if axis is not None:
         targets = jnp.where(here, targets, 0)
         joined = jax.lax.psum(jnp.concatenate([total[:, None], targets], axis=-1), axis)
         total, targets = joined[:, 0], joined[:, 1:]
-    return VocabStats(top + jnp.log(total), top, targets)
+    if softcap is not None:
+        p = p * (1 - jnp.square(z / softcap))
+    stats = VocabStats(top + jnp.log(total), top, targets)
+    return _Softmax(p.astype(hidden.dtype), total, top, stats)
+
+
+def _fused_softmax(
+    axis: str | None, table: Array, hidden: Array, places: Array, here: Array
+) -> _Softmax:
+    """By a kernel that never writes the logits, and must be told a shift before it has seen them.
+
+    The target's logit is a good one: a token's loss would have to be over `_FAR` nats for the
+    exponentials to grow too large, and then they are made once more, with the maximum itself.
+    """
+    from gemma_jax.ops.vocab_kernel import exp_logits
+
+    rows = table.at[places].get(mode="clip")
+    targets = jnp.einsum("nMD,nD->nM", rows, hidden, preferred_element_type=jnp.float32)
+    if axis is not None:
+        targets = jax.lax.psum(jnp.where(here, targets, 0), axis)
+    shift = targets.max(axis=-1)
+    p, total, top = exp_logits(hidden, table, shift)
+    if axis is not None:
+        top = jax.lax.pmax(top, axis)
+
+    def again(_: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        return *exp_logits(hidden, table, top)[:2], top
+
+    p, total, shift = jax.lax.while_loop(
+        lambda state: (top - state[2] > _FAR).any(), again, (p, total, shift)
+    )
+    if axis is not None:
+        total = jax.lax.psum(total, axis)
+    return _Softmax(p, total, shift, VocabStats(shift + jnp.log(total), top, targets))
 
 
 def dense_vocab_loss(

@@ -6,8 +6,9 @@ a zarr array in Orbax's OCDBT database, under its path joined by dots.
 """
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,10 +18,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from gemma_jax.errors import UserError
+from gemma_jax.hosts import fetch
 from gemma_jax.training.checkpoint import FOLDER, weights_folder, write_errors
 
 type Path = tuple[str, ...]
 _CHUNK_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 28  # of an array that processes put together for its hash
 
 
 class WeightsWriter:
@@ -75,6 +78,34 @@ class SavedWeights:
             raise UserError(
                 f"the checkpoint {self._base.parent} is damaged; copy it again, or give another."
             ) from error
+
+
+def weights_hash(
+    tree: Any, read: Callable[[Path, None, int, int], np.ndarray] | None = None
+) -> str:
+    """SHA-256 over every parameter's path, shape and float32 bytes, in the order of the paths.
+
+    `tree` holds arrays, or shapes whose values `read` gives one by one (`SavedWeights.read`).
+    """
+    digest = hashlib.sha256()
+    leaves = [(jax.tree_util.keystr(p), _path(p), x) for p, x in jax.tree.leaves_with_path(tree)]
+    for name, path, leaf in sorted(leaves, key=lambda entry: entry[0]):
+        digest.update(f"{name} {leaf.shape}".encode())
+        parts = _pieces(leaf) if read is None else [read(path, None, 0, leaf.shape[0])]
+        for part in parts:
+            digest.update(np.ascontiguousarray(part, np.float32).data)
+    return digest.hexdigest()
+
+
+def _pieces(value: jax.Array) -> Iterator[np.ndarray]:
+    """An array on the host; where other processes hold parts of it, some rows at a time, so that
+    none needs it whole."""
+    if value.is_fully_addressable:
+        yield jax.device_get(value)
+        return
+    rows = max(1, _PIECE_BYTES // max(1, value.nbytes // value.shape[0]))
+    for start in range(0, value.shape[0], rows):
+        yield fetch(value[start : start + rows])
 
 
 def _path(path: tuple[Any, ...]) -> Path:
