@@ -4,8 +4,9 @@
 that they name are built on first use, and found again afterwards.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from gemma_jax.data.packing import valid_sequences
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.data.tokens import Corpus, TokenSet
 from gemma_jax.distill.objective import Distill
-from gemma_jax.distill.shards import TeacherShards, shard_stream
+from gemma_jax.distill.shards import TeacherShards, shard_order, shard_stream
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.errors import UserError
 from gemma_jax.eval.perplexity import make_evaluation
@@ -47,8 +48,9 @@ def run(experiment: Experiment) -> dict[str, Any]:
         return finished
     with runs.held(experiment.folder) as seconds:
         job = build(experiment)
-        runs.claim(experiment.folder, experiment)  # the input is known to be good
-        outcome = train(job)
+        # The input is known to be good.
+        own = first_alone(lambda: runs.claim(experiment.folder, experiment))
+        outcome = train(dataclasses.replace(job, identity=own))
         result = {
             "name": experiment.name,
             "bits_per_byte": outcome.metrics["valid/bits_per_byte"],
@@ -112,6 +114,7 @@ def build(experiment: Experiment) -> Job:
         evaluate=source.evaluate,
         seed=experiment.seed,
         settings=to_json(experiment),
+        shard_records=source.records,
     )
 
 
@@ -122,6 +125,7 @@ class _Source(NamedTuple):
     batches: grain.IterDataset
     num_steps: int
     evaluate: Evaluate
+    records: Callable[[int], list[int]] | None = None  # of a batch, where they come from shards
 
 
 def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
@@ -139,7 +143,13 @@ def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Sourc
         layout,
         batch_size=experiment.batch_size,
     )
-    return _Source(tokenizer, _batches(experiment, sources, tokenizer, rows), num_steps, evaluate)
+    if isinstance(experiment.objective, Distill):
+        shards = prepare_shards(experiment.objective.shards, tokenizer)
+        size, seed = experiment.batch_size, experiment.seed
+        batches = shard_stream(shards, batch_size=size, seed=seed, rows=rows)
+        order = shard_order(shards, batch_size=size, seed=seed)
+        return _Source(tokenizer, batches, num_steps, evaluate, lambda batch: order[batch].tolist())
+    return _Source(tokenizer, _batches(experiment, sources, rows), num_steps, evaluate)
 
 
 def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
@@ -269,16 +279,9 @@ def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
 
 
 def _batches(
-    experiment: Experiment,
-    sources: dict[str, TokenSet],
-    tokenizer: Tokenizer,
-    rows: Sequence[int],
+    experiment: Experiment, sources: dict[str, TokenSet], rows: Sequence[int]
 ) -> grain.IterDataset:
-    """The stream of this process's rows of each batch."""
-    size, seed = experiment.batch_size, experiment.seed
-    if isinstance(experiment.objective, Distill):
-        shards = prepare_shards(experiment.objective.shards, tokenizer)
-        return shard_stream(shards, batch_size=size, seed=seed, rows=rows)
+    """The stream of this process's rows of each batch of text."""
     data, num_steps = experiment.data, experiment.num_steps
     assert num_steps is not None
     whole = (Stage(until=1.0, weights={"data": 1.0}),)
@@ -287,8 +290,8 @@ def _batches(
         sources,
         stages,
         seq_len=experiment.seq_len,
-        batch_size=size,
+        batch_size=experiment.batch_size,
         num_batches=num_steps,
-        seed=seed,
+        seed=experiment.seed,
         rows=rows,
     )

@@ -9,7 +9,8 @@ import optax
 
 from gemma_jax import runs
 from gemma_jax.errors import UserError
-from gemma_jax.experiment import Experiment, build
+from gemma_jax.experiment import build
+from gemma_jax.experiment_config import Experiment
 from gemma_jax.hosts import fetch
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.progress import progress
@@ -40,8 +41,8 @@ def replay(experiment: Experiment, step: int) -> dict[str, Any]:
 
 
 def _replay(experiment: Experiment, job: Job, step: int) -> dict[str, Any]:
-    plan, batches = prepare(job), iter(job.batches)
-    state = last_good(job.folder, plan.like, batches, identity=job.identity, up_to=step - 1)
+    plan, batches, own = prepare(job), iter(job.batches), runs.run_id(job.folder)
+    state = last_good(job.folder, plan.like, batches, identity=own, up_to=step - 1)
     begin = 0 if state is None else int(state.step)
     state = plan.fresh() if state is None else plan.resumed(state)
     frozen = job.load_frozen()

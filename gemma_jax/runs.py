@@ -6,7 +6,9 @@ adapter.json      of an adapter: its settings and its base; the checkpoints then
 conversations.json  of a tuning run: how many conversations it learns from, and their hash
 tokenizer.model   the SentencePiece model of its data
 metrics.jsonl     a line a record; tensorboard/ holds the same
-checkpoints/N/    params, ema where kept, progress, data
+bad_steps.jsonl   a line for each step that was stopped at or left out, if there is any
+checkpoints/N/    params, ema where kept, progress, data, watch, check
+set_aside/N/      checkpoints that were damaged or of another run
 result.json       written last: its presence says that the run is finished
 """
 
@@ -16,6 +18,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ from gemma_jax.settings import checked_fields, differences, override, to_json
 from gemma_jax.sharding import Layout
 from gemma_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from gemma_jax.training.checkpoint import checkpoint_steps, load_params
+from gemma_jax.training.lookout import FILE as BAD_STEPS
 from gemma_jax.training.metrics import FILE as METRICS
 from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.weights import SavedWeights
@@ -106,7 +110,8 @@ def _let_go(folder: Path) -> None:
     if not (folder / MANIFEST_FILE).exists():  # then it is the tokenizer of a token set
         (folder / TOKENIZER).unlink(missing_ok=True)
     if not read_metrics(folder):
-        (folder / METRICS).unlink(missing_ok=True)
+        for name in (METRICS, BAD_STEPS):
+            (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -138,26 +143,33 @@ def _claim_of(folder: Path) -> dict[str, Any] | None:
     return claim
 
 
-def claim(folder: Path, experiment: Any) -> None:
-    """Takes a run folder for an experiment, or refuses one that holds another.
+def claim(folder: Path, experiment: Any) -> str | None:
+    """Takes a run folder for an experiment, or refuses one that holds another; gives its `run_id`.
 
     The commit and the versions of the first start stay; those of a later start that differ are
-    appended to `resumed_with`.
+    appended to `resumed_with`. Of several processes the first writes, before the others look.
     """
     check_claim(folder, experiment)
+    saved = _claim_of(folder)
     if jax.process_index() != 0:
-        return
+        return run_id(folder)
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     versions = {name: importlib.metadata.version(name) for name in names}
     now = {"commit": commit(), "versions": versions}
-    saved = _claim_of(folder)
     if saved is None:
-        write_json(folder / EXPERIMENT, {"experiment": to_json(experiment), **now})
-        return
+        new = {"id": uuid.uuid4().hex, "experiment": to_json(experiment), **now}
+        write_json(folder / EXPERIMENT, new)
+        return run_id(folder)
     later = saved.get("resumed_with", [])
     known = [(start["commit"], start["versions"]) for start in (saved, *later)]
     if (now["commit"], now["versions"]) not in known:
         write_json(folder / EXPERIMENT, saved | {"resumed_with": [*later, now]})
+    return run_id(folder)
+
+
+def run_id(folder: Path) -> str | None:
+    """What the checkpoints of a run have in common; None for a run that has none."""
+    return (_claim_of(folder) or {}).get("id")
 
 
 def _is_free(path: str) -> bool:

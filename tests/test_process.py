@@ -181,3 +181,39 @@ def untimed(values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: untimed(x) if isinstance(x, dict) else x for key, x in values.items() if key not in own
     }
+
+
+def test_a_step_is_run_once_more(sandbox: Path) -> None:
+    """Its numbers are those of the run, from the checkpoint before it as from the beginning."""
+    run = "train exp.py --json --set train.log_every=1 --arg name=watched"
+    assert ended(command(*run.split())).returncode == 0
+    files = {p: p.read_bytes() for p in Path("runs/watched").rglob("*") if p.is_file()}
+    for step, begin in ((2, 0), (4, 2)):
+        process = ended(command(*f"{run} --replay {step}".split()))
+        assert process.returncode == 0, process.stderr
+        seen, line = json.loads(process.stdout), metrics("watched")[step - 1]
+        assert seen["from_step"] == begin
+        assert [seen["loss"], seen["grad_norm"]] == [line["loss"], line["grad_norm"]]
+        assert seen["sequences"] == list(range(8 * step - 8, 8 * step))
+        assert sum(x * x for x in seen["gradient_norms"].values()) == pytest.approx(
+            line["grad_norm"] ** 2, rel=1e-4
+        )
+        assert seen["not_finite"] == {"parameter": None, "activation": None, "gradient": None}
+    assert {p for p, content in files.items() if p.read_bytes() != content} <= {
+        Path("runs/watched/experiment.json")  # the seconds that were spent
+    }
+    process = ended(command(*f"{run} --replay 5".split()))
+    assert process.stderr == "error: --replay 5 is outside of the run's steps, 1 to 4.\n"
+
+
+def test_where_a_step_goes_wrong_is_told(sandbox: Path) -> None:
+    """A learning rate that ruins the weights in one step: the next one finds them so."""
+    line = "train exp.py --set optimizer.learning_rate=1e38 --set optimizer.clip_norm=None"
+    line += " --set train.log_every=1 --arg name=ruined"
+    process = ended(command(*line.split()))
+    assert process.returncode == 2
+    process = ended(command(*f"{line} --replay 2".split()))
+    assert process.returncode == 0, process.stderr
+    told = process.stdout[process.stdout.index("first that is not finite") :].split()
+    assert "parameter none" in " ".join(told)
+    assert re.search(r"activation (layer \d|final norm)", " ".join(told)), told

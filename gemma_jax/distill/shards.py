@@ -239,6 +239,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def shard_order(shards: TeacherShards, *, batch_size: int, seed: int) -> grain.MapDataset:
+    """The numbers of the records of each batch."""
+    return grain.MapDataset.range(len(shards)).seed(seed).shuffle().repeat().batch(batch_size)
+
+
 def shard_stream(
     shards: TeacherShards,
     *,
@@ -258,11 +263,7 @@ def shard_stream(
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
     return (
-        grain.MapDataset.range(len(shards))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size)
+        shard_order(shards, batch_size=batch_size, seed=seed)
         .map(load)
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     )

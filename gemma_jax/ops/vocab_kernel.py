@@ -172,7 +172,9 @@ def _kernel(
                     statistics[group, 0] = p.sum(axis=1)
                     statistics[group, 1] = z.max(axis=1)
                     rounded = p.astype(jnp.bfloat16)
-                    pieces = [(r, c) for r in range(rows // _PIECE) for c in range(columns // _PIECE)]
+                    pieces = [
+                        (r, c) for r in range(rows // _PIECE) for c in range(columns // _PIECE)
+                    ]
                     for number, (r, c) in enumerate(pieces):
                         slot = number % tiles.slots
                         if number >= tiles.slots:
