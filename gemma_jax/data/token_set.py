@@ -41,7 +41,7 @@ class Documents(Sequence[np.ndarray]):
         for shard in shards:
             _check_size(folder / shard["file"], shard["size"])
             _check_size(folder / shard["lengths_file"], 4 * shard["documents"])
-        parts = [np.fromfile(folder / s["lengths_file"], "<u4") for s in shards]
+        parts = [np.frombuffer(files.read_bytes(folder / s["lengths_file"]), "<u4") for s in shards]
         self.lengths = np.concatenate(parts or [np.zeros(0, "<u4")]).astype(np.int64)
         self._first = np.cumsum([0] + [s["documents"] for s in shards])
         self._open_readers()
@@ -85,7 +85,8 @@ class Documents(Sequence[np.ndarray]):
 
     def _read_shard(self, shard: int, positions: list[int]) -> list[bytes]:
         path = self._folder / self._shards[shard]["file"]
-        try:
+
+        def read() -> list[bytes]:
             with self._lock:
                 if self._readers[shard] is None:
                     # Random access: no read-ahead, small buffers.
@@ -93,6 +94,14 @@ class Documents(Sequence[np.ndarray]):
                         str(path), "readahead_buffer_size:0", file_reader_buffer_size=1 << 15
                     )
             return self._readers[shard].read(positions)
+
+        def reopen() -> None:
+            self._readers[shard] = None
+
+        try:
+            return files.patiently(read, path, doing="read", before_again=reopen)
+        except UserError:
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
             raise _damaged(path, str(error).splitlines()[0][:120]) from error
 

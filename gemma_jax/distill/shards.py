@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from gemma_jax.data.loader import checked_rows
 from gemma_jax.distill.records import Record, RecordError, decode_record
 from gemma_jax.errors import UserError
-from gemma_jax.files import read_json
+from gemma_jax.files import patiently, read_json
 
 FORMAT = "gemma_jax teacher shards"
 VERSION = 1
@@ -100,8 +100,17 @@ class ShardFile:
         self._lock = threading.Lock()
 
     def record(self, place: int) -> Record:
+        def read() -> bytes:
+            return self._open().read([place])[0]
+
+        def reopen() -> None:
+            self._reader = None
+
         try:
-            return decode_record(self._open().read([place])[0])
+            content = patiently(read, self.file, doing="read", before_again=reopen)
+            return decode_record(content)
+        except UserError:
+            raise
         except (RuntimeError, IndexError, RecordError) as error:
             raise self.damaged(place, error) from None
 

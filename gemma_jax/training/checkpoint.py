@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from gemma_jax.errors import UserError
-from gemma_jax.files import disk_errors
+from gemma_jax.files import disk_errors, error_number, patiently
 from gemma_jax.training.bad_steps import watch_to_json
 from gemma_jax.training.fingerprint import fingerprints
 from gemma_jax.training.step import TrainState
@@ -49,16 +48,18 @@ class Checkpoints:
             [checkpoint_managers.LatestN(keep_last), _Best(keep_best), _Before(bad_steps)]
         )
         self._folder, self._identity = folder / FOLDER, identity
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies,
+            # Without it metrics are not written, and the best is forgotten at a restart.
+            best_fn=lambda metrics: -_score(metrics),
+            cleanup_tmp_directories=True,
+        )
+        self._unsure: Callable[[], None] | None = None  # saves again what may not be on disk
         with disk_errors(self._folder):
-            self._manager = ocp.CheckpointManager(
-                self._folder.absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policies,
-                    # Without it metrics are not written, and the best is forgotten at a restart.
-                    best_fn=lambda metrics: -_score(metrics),
-                    cleanup_tmp_directories=True,
-                ),
-            )
+            patiently(self._open, self._folder)
+
+    def _open(self) -> None:
+        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=self._options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -82,17 +83,46 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardSave(state.ema)
         if state.watch is not None:
             items["watch"] = ocp.args.JsonSave(watch_to_json(state.watch))
-        with write_errors(self._folder):
-            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+        step, args = int(state.step), ocp.args.Composite(**items)
+
+        def save() -> None:
+            self._manager.save(step, args=args, metrics=metrics)
+
+        self._patiently(save)
+        self._unsure = save
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        with write_errors(self._folder):
-            self._manager.wait_until_finished()
+        """Returns when everything that was saved is on disk. The state that was saved last must
+        still be there: it may have to be written again."""
+
+        def write_again() -> None:
+            self._open_again()
+            if self._unsure is not None:
+                self._unsure()
+
+        self._patiently(lambda: self._manager.wait_until_finished(), write_again)
+        self._unsure = None
 
     def close(self) -> None:
         with write_errors(self._folder):
             self._manager.close()
+
+    def _patiently(
+        self, work: Callable[[], None], before_again: Callable[[], None] | None = None
+    ) -> None:
+        """A write that failed in the background is told at the next call, which then writes what is
+        newer; the manager believes in it, so another one takes its place. Of several processes
+        each would have to begin again: they end with a sentence."""
+        with write_errors(self._folder):
+            if jax.process_count() > 1:
+                work()
+                return
+            patiently(work, self._folder, before_again=before_again or self._open_again)
+
+    def _open_again(self) -> None:
+        with contextlib.suppress(Exception):  # what it could not write it tells once more
+            self._manager.close()
+        self._open()
 
 
 @contextlib.contextmanager
@@ -102,10 +132,10 @@ def write_errors(folder: Path) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            number = re.search(r"os_error_code='(\d+)'", str(error))
+            number = None if isinstance(error, UserError) else error_number(error)
             if number is None:
                 raise
-            raise OSError(int(number[1]), str(error)) from error
+            raise OSError(number, str(error)) from error
 
 
 def checkpoint_steps(folder: str | Path) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 import grain
 
 from gemma_jax.errors import UserError
+from gemma_jax.files import patiently
 from gemma_jax.hosts import any_of, first_alone, is_first
 from gemma_jax.training.bad_steps import watch_from_json
 from gemma_jax.training.checkpoint import (
@@ -87,7 +88,9 @@ def _attempt(
     faults: dict[Path, str] = {}
     state: Any = None
     with _noting(place, faults):
-        state = _read(place, step, like, batches, identity)
+        state = patiently(
+            lambda: _read(place, step, like, batches, identity), place / "params", doing="read"
+        )
     if not any_of(bool(faults)):
         with _noting(place, faults):  # by all processes together
             check_values(place, checked(state))
@@ -102,6 +105,8 @@ def _noting(place: Path, faults: dict[Path, str]) -> Any:
         yield
     except _Unfit as error:
         faults[place] = str(error)
+    except UserError:  # a file system that is away damages nothing
+        raise
     except Exception as error:  # Orbax wraps what TensorStore says of damage in a bare one
         faults[place] = f"is damaged ({_first_line(error)})"
 
