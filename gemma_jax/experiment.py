@@ -4,7 +4,6 @@
 that they name are built on first use, and found again afterwards.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,9 +47,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
         return finished
     with runs.held(experiment.folder) as seconds:
         job = build(experiment)
-        # The input is known to be good.
-        own = first_alone(lambda: runs.claim(experiment.folder, experiment))
-        outcome = train(dataclasses.replace(job, identity=own))
+        runs.claim(experiment.folder, experiment)  # the input is known to be good
+        outcome = train(job)
         result = {
             "name": experiment.name,
             "bits_per_byte": outcome.metrics["valid/bits_per_byte"],
@@ -114,6 +112,7 @@ def build(experiment: Experiment) -> Job:
         evaluate=source.evaluate,
         seed=experiment.seed,
         settings=to_json(experiment),
+        is_same=lambda saved: not runs.conflicts(experiment, saved),
         shard_records=source.records,
     )
 

@@ -41,8 +41,8 @@ def replay(experiment: Experiment, step: int) -> dict[str, Any]:
 
 
 def _replay(experiment: Experiment, job: Job, step: int) -> dict[str, Any]:
-    plan, batches, own = prepare(job), iter(job.batches), runs.run_id(job.folder)
-    state = last_good(job.folder, plan.like, batches, identity=own, up_to=step - 1)
+    plan, batches = prepare(job), iter(job.batches)
+    state = last_good(job.folder, plan.like, batches, is_same=job.is_same, up_to=step - 1)
     begin = 0 if state is None else int(state.step)
     state = plan.fresh() if state is None else plan.resumed(state)
     frozen = job.load_frozen()

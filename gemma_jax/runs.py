@@ -18,7 +18,6 @@ import importlib.metadata
 import shutil
 import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,33 +142,26 @@ def _claim_of(folder: Path) -> dict[str, Any] | None:
     return claim
 
 
-def claim(folder: Path, experiment: Any) -> str | None:
-    """Takes a run folder for an experiment, or refuses one that holds another; gives its `run_id`.
+def claim(folder: Path, experiment: Any) -> None:
+    """Takes a run folder for an experiment, or refuses one that holds another.
 
     The commit and the versions of the first start stay; those of a later start that differ are
-    appended to `resumed_with`. Of several processes the first writes, before the others look.
+    appended to `resumed_with`.
     """
     check_claim(folder, experiment)
-    saved = _claim_of(folder)
     if jax.process_index() != 0:
-        return run_id(folder)
+        return
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     versions = {name: importlib.metadata.version(name) for name in names}
     now = {"commit": commit(), "versions": versions}
+    saved = _claim_of(folder)
     if saved is None:
-        new = {"id": uuid.uuid4().hex, "experiment": to_json(experiment), **now}
-        write_json(folder / EXPERIMENT, new)
-        return run_id(folder)
+        write_json(folder / EXPERIMENT, {"experiment": to_json(experiment), **now})
+        return
     later = saved.get("resumed_with", [])
     known = [(start["commit"], start["versions"]) for start in (saved, *later)]
     if (now["commit"], now["versions"]) not in known:
         write_json(folder / EXPERIMENT, saved | {"resumed_with": [*later, now]})
-    return run_id(folder)
-
-
-def run_id(folder: Path) -> str | None:
-    """What the checkpoints of a run have in common; None for a run that has none."""
-    return (_claim_of(folder) or {}).get("id")
 
 
 def _is_free(path: str) -> bool:

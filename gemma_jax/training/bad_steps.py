@@ -39,10 +39,10 @@ class _OnBadStep:
         require_positive(self, "loss_over", "grad_norm_over", "window")
 
     def begin(self) -> Watch:
-        zeros = [jnp.zeros((), jnp.int32) for _ in range(4)]
+        bad, count, in_row, good = (jnp.zeros((), jnp.int32) for _ in range(4))
         bounded = self.loss_over is not None or self.grad_norm_over is not None
         recent = jnp.zeros((self.window, 2), jnp.float32) if bounded else None
-        return Watch(*zeros, recent)
+        return Watch(bad, count, in_row, good, recent)
 
     def judge(
         self, watch: Watch, step: jax.Array, loss: jax.Array, grad_norm: jax.Array

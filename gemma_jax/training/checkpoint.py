@@ -31,8 +31,8 @@ BEST_METRIC = "valid/bits_per_byte"
 class Checkpoints:
     """The checkpoints of a run folder: the last `keep_last`, and the `keep_best` of validation.
 
-    And the last before each of `bad_steps()`. `identity` is left with every one, so that those of
-    another run are known.
+    And the last before each of `bad_steps()`. Every one says of which `settings` (JSON) its run is,
+    so that those of another are known.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Checkpoints:
         *,
         keep_last: int = 2,
         keep_best: int = 1,
-        identity: str | None = None,
+        settings: Any = None,
         bad_steps: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         policies = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(keep_last), _Best(keep_best), _Before(bad_steps)]
         )
-        self._folder, self._identity = folder / FOLDER, identity
+        self._folder, self._settings = folder / FOLDER, settings
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies,
             # Without it metrics are not written, and the best is forgotten at a restart.
@@ -76,7 +76,7 @@ class Checkpoints:
             "progress": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             "data": ocp.args.JsonSave(position),
             "check": ocp.args.JsonSave(
-                {"run": self._identity, "fingerprints": fingerprints(checked(state))}
+                {"settings": self._settings, "fingerprints": fingerprints(checked(state))}
             ),
         }
         if state.ema is not None:

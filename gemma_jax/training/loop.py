@@ -84,8 +84,8 @@ class Job:
     flops_per_token: int
     evaluate: Evaluate
     seed: int = 0
-    settings: Any = None  # what W&B is told of the run, as JSON
-    identity: str | None = None  # another run's checkpoints have another one
+    settings: Any = None  # as JSON: what W&B is told of the run, and its checkpoints say
+    is_same: Callable[[Any], bool] = lambda saved: True  # whether such settings are of this run
     load_params: Callable[[Any], Any] | None = None
     load_frozen: Callable[[], Any] = lambda: None
     join: Join = everything
@@ -118,14 +118,14 @@ def train(job: Job) -> Trained:
     with job.layout.active(), contextlib.ExitStack() as stack:
         plan = prepare(job)
         batches = iter(job.batches)
-        state = last_good(job.folder, plan.like, batches, identity=job.identity)
+        state = last_good(job.folder, plan.like, batches, is_same=job.is_same)
         start = 0 if state is None else int(state.step)
         bad = BadSteps(job.folder, start)
         checkpoints = Checkpoints(
             job.folder,
             keep_last=job.config.keep_last,
             keep_best=job.config.keep_best,
-            identity=job.identity,
+            settings=job.settings,
             bad_steps=bad.steps,
         )
         stack.callback(checkpoints.close)

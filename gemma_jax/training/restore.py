@@ -9,6 +9,7 @@ import contextlib
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,22 @@ def last_good(
     like: TrainState,
     batches: grain.DatasetIterator,
     *,
-    identity: str | None = None,
+    is_same: Callable[[Any], bool] = lambda settings: True,
     up_to: int | None = None,
 ) -> TrainState | None:
     """The state of the last good checkpoint of a run folder; None where there is no checkpoint.
 
     Laid out as `like` (shapes with shardings); moves `batches` to its place in the stream. Those
-    that are damaged, or of another run than `identity`, are moved aside, with a sentence each.
-    Raises UserError where none is good, and leaves them where they are. With `up_to`, of the last
-    one up to that step, and nothing is moved.
+    that are damaged, or of a run whose settings are not `is_same`, are moved aside, with a sentence
+    each. Raises UserError where none is good, and leaves them where they are. With `up_to`, of the
+    last one up to that step, and nothing is moved.
     """
     faults: dict[Path, str] = {}
     last = math.inf if up_to is None else up_to
     steps = [step for step in checkpoint_steps(folder) if 0 < step <= last]
     for step in reversed(steps):
         place = folder / FOLDER / str(step)
-        state, fault = _attempt(place, step, like, batches, identity)
+        state, fault = _attempt(place, step, like, batches, is_same)
         if state is not None and up_to is not None:
             return state
         if state is not None:
@@ -83,13 +84,13 @@ def _attempt(
     step: int,
     like: TrainState,
     batches: grain.DatasetIterator,
-    identity: str | None,
+    is_same: Callable[[Any], bool],
 ) -> tuple[TrainState | None, str]:
     faults: dict[Path, str] = {}
     state: Any = None
     with _noting(place, faults):
         state = patiently(
-            lambda: _read(place, step, like, batches, identity), place / "params", doing="read"
+            lambda: _read(place, step, like, batches, is_same), place / "params", doing="read"
         )
     if not any_of(bool(faults)):
         with _noting(place, faults):  # by all processes together
@@ -121,11 +122,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _read(
-    place: Path, step: int, like: TrainState, batches: grain.DatasetIterator, identity: str | None
+    place: Path,
+    step: int,
+    like: TrainState,
+    batches: grain.DatasetIterator,
+    is_same: Callable[[Any], bool],
 ) -> TrainState:
     check_metrics(place)
-    owner = saved_json(place, "check").get("run")
-    if None not in (owner, identity) and owner != identity:
+    settings = saved_json(place, "check").get("settings")
+    if settings is not None and not is_same(settings):
         raise _Unfit("is of another run")
     if difference := other_model(place, "params", like.params):
         raise _Unfit(difference)

@@ -65,7 +65,7 @@ DAMAGE = {
     "position cut": (rewrite("data/metadata.", cut), "is damaged"),
     "check cut": (rewrite("check/metadata.", cut), "is damaged"),
     "other values": (edit(fingerprints={}), "is not what was written"),
-    "another run": (edit(run="another"), "is of another run"),
+    "another run": (edit(settings="another"), "is of another run"),
     "another step": (of_another_step, "it says that it is of step 8"),
 }
 
@@ -81,12 +81,12 @@ def stopped_at_12(tmp_path_factory):
 def test_the_last_good_checkpoint_is_gone_on_from(make_job, stopped_at_12, capsys, kind):
     """The newest of three is harmed; the run ends with the bits of one that never was."""
     harm, why = DAMAGE[kind]
-    settings = {"keep_last": 3, "log_every": 4}
+    settings = {"keep_last": 3, "log_every": 4, "settings": "mine"}
     if not stopped_at_12.exists():
-        job = dataclasses.replace(make_job(steps=12, **settings), identity="mine")
+        job = dataclasses.replace(make_job(steps=12, **settings), is_same="mine".__eq__)
         train(dataclasses.replace(job, folder=stopped_at_12))
     whole = load_params(stopped_at_12, jax.eval_shape(make_job().init_params))
-    job = dataclasses.replace(make_job(steps=12, **settings), identity="mine")
+    job = dataclasses.replace(make_job(steps=12, **settings), is_same="mine".__eq__)
     shutil.copytree(stopped_at_12, job.folder)
     place = job.folder / "checkpoints" / "12"
     harm(place)
