@@ -71,7 +71,7 @@ def patiently[T](
     is waited for, with a message; after PATIENCE_S raises UserError. What no waiting mends is
     raised at once. The errors of TensorStore and ArrayRecord are known by their texts.
     """
-    folder, began, said = str(Path(path).parent), time.monotonic(), False
+    folder, began, said = os.path.dirname(path), time.monotonic(), False
     for attempt in itertools.count():
         try:
             if attempt:
@@ -112,7 +112,7 @@ def error_number(error: BaseException) -> int | None:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes `content` to `path` so that a reader sees the old or the new file, never a part."""
-    path = Path(path)
+    path = on_disk(path)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +127,18 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         patiently(write, path)
 
 
-def read_bytes(path: str | Path) -> bytes:
-    return patiently(Path(path).read_bytes, path, doing="read")
+def on_disk(path: str | Path) -> Path:
+    """The path, refused if it is in a bucket: see `buckets`."""
+    if str(path).startswith("gs:/"):  # as Path writes it
+        raise UserError(
+            f"{path} is in a bucket, where finished data are read and checkpoints kept "
+            "(train.checkpoints) and nothing else; choose a folder on disk."
+        )
+    return Path(path)
+
+
+def read_bytes(path: Path) -> bytes:
+    return patiently(path.read_bytes, path, doing="read")
 
 
 def write_text(path: str | Path, content: str) -> None:
@@ -142,7 +152,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """Reads a JSON object; `what` names it in the error ("the manifest of a token set")."""
     try:
-        value = json.loads(patiently(Path(path).read_text, path, doing="read"))
+        path = Path(path) if isinstance(path, str) else path
+        value = json.loads(patiently(path.read_text, path, doing="read"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; it should be {what}.") from None
     except UserError:
@@ -167,6 +178,7 @@ def locked(
     the folders that were made for it, if nothing else has come into them. Locks of different names
     (of the file in the folder) do not know of each other.
     """
+    folder = on_disk(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = _lock(folder, name, refusal)
     try:
@@ -218,6 +230,12 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache() -> Path:
+    """What can be made again, of this user."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "gemma_jax"
+
+
 def compilation_cache() -> Path:
     """Where JAX keeps compiled programs between processes: in the user's cache, a folder for each
     kind of processor, since code compiled for another one may not run here."""
@@ -225,8 +243,7 @@ def compilation_cache() -> Path:
     processor = platform.machine() + platform.processor()
     if cpuinfo.exists():
         processor += cpuinfo.read_text().split("\n\n")[0].partition("flags")[2].partition("\n")[0]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gemma_jax" / "jax" / hashlib.sha256(processor.encode()).hexdigest()[:12]
+    return cache() / "jax" / hashlib.sha256(processor.encode()).hexdigest()[:12]
 
 
 class Lines:

@@ -148,7 +148,7 @@ def quiet_libraries() -> None:
     """Keeps what libraries tell their own developers off stderr; their errors stay."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for name in ("absl", "asyncio", "huggingface_hub", "jax", "orbax"):
+    for name in ("absl", "asyncio", "gcsfs", "huggingface_hub", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "asyncio" else logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from gemma_jax import files
+from gemma_jax import buckets, files
 from gemma_jax.data.tokenizer import MODEL_FILE, Tokenizer
 from gemma_jax.errors import UserError
 
@@ -91,7 +91,9 @@ class Documents(Sequence[np.ndarray]):
                 if self._readers[shard] is None:
                     # Random access: no read-ahead, small buffers.
                     self._readers[shard] = array_record_module.ArrayRecordReader(
-                        str(path), "readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+                        str(buckets.local(path)),
+                        "readahead_buffer_size:0",
+                        file_reader_buffer_size=1 << 15,
                     )
             return self._readers[shard].read(positions)
 
@@ -124,10 +126,11 @@ class TokenSet:
         Raises:
           UserError: if there is none, or a file of it is missing, cut short or of a later format.
         """
-        path = Path(path)
+        path = buckets.place(path)
         if not (path / MANIFEST_FILE).exists():
+            manifest_file = buckets.absolute(path / MANIFEST_FILE)
             raise UserError(
-                f"{path} holds no finished token set ({(path / MANIFEST_FILE).absolute()} is not "
+                f"{path} holds no finished token set ({manifest_file} is not "
                 "there); build it with `gemma-jax data build`."
             )
         manifest = files.read_json(path / MANIFEST_FILE, "the manifest of a token set")
@@ -190,8 +193,8 @@ class TokenSet:
 def _check_size(path: Path, size: int) -> None:
     if not path.exists():
         raise _damaged(path, "it is missing")
-    if path.stat().st_size != size:
-        raise _damaged(path, f"it has {path.stat().st_size} bytes in place of {size}")
+    if (found := buckets.size(path)) != size:
+        raise _damaged(path, f"it has {found} bytes in place of {size}")
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from gemma_jax.buckets import local, place, size
 from gemma_jax.data.loader import checked_rows
 from gemma_jax.distill.records import Record, RecordError, decode_record
 from gemma_jax.errors import UserError
@@ -120,7 +121,7 @@ class ShardFile:
     def _open(self) -> Any:
         with self._lock:
             if self._reader is None:
-                reader = ArrayRecordReader(str(self.file), "readahead_buffer_size:0")
+                reader = ArrayRecordReader(str(local(self.file)), "readahead_buffer_size:0")
                 if reader.num_records() != self.num_records:
                     raise RuntimeError(
                         f"the file holds {reader.num_records()} of {self.num_records} records"
@@ -159,16 +160,16 @@ class TeacherShards:
     @classmethod
     def open(cls, path: str | Path) -> "TeacherShards":
         """Opens the folder `path`; refuses an unfinished one, a missing or a truncated shard."""
-        path = Path(path)
+        path = place(path)
         if not (path / MANIFEST).exists() and (path / JOB).exists():
             raise UserError(f"{path} is not finished; run the teacher again to write the rest.")
         manifest = _read_manifest(path)
         damaged = []
         for shard in manifest["shards"]:
             file = path / shard["name"]
-            size = file.stat().st_size if file.exists() else 0
-            if size != shard["bytes"]:
-                what = f"{file} holds {size} bytes where the manifest says {shard['bytes']}"
+            found = size(file) if file.exists() else 0
+            if found != shard["bytes"]:
+                what = f"{file} holds {found} bytes where the manifest says {shard['bytes']}"
                 damaged.append(DamagedShardError(file, what))
         refuse_damaged(damaged)
         return cls(path, manifest)

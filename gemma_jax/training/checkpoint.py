@@ -9,7 +9,6 @@ fingerprint of each array, by which a changed byte is noticed. `restore.py` goes
 import contextlib
 import gc
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,42 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from gemma_jax.buckets import absolute, is_remote, place
 from gemma_jax.errors import UserError
-from gemma_jax.files import disk_errors, error_number, patiently
+from gemma_jax.files import disk_errors, error_number, patiently, read_json, write_json
+from gemma_jax.hosts import is_first
 from gemma_jax.training.bad_steps import watch_to_json
 from gemma_jax.training.fingerprint import fingerprints
+from gemma_jax.training.retention import Before, Best, score
 from gemma_jax.training.step import TrainState
 
-FOLDER = "checkpoints"
-BEST_METRIC = "valid/bits_per_byte"
+FOLDER, ELSEWHERE = "checkpoints", "checkpoints.json"
+_COMMITTED = "commit_success.txt"  # Orbax writes it last in a bucket, where it cannot rename
+
+
+def checkpoints_of(folder: str | Path) -> Path:
+    """Where a run folder's checkpoints are: in it, or where it says."""
+    told = Path(folder) / ELSEWHERE
+    if not told.exists():
+        return Path(folder) / FOLDER
+    return place(read_json(told, "the place of a run's checkpoints").get("checkpoints", ""))
+
+
+def keep_elsewhere(folder: Path, root: str | None, name: str) -> None:
+    """Notes that the checkpoints of a run are kept in a folder of the run's name under `root`."""
+    there = None if root is None else str(place(root) / name)
+    now = checkpoints_of(folder)
+    if there == (str(now) if (folder / ELSEWHERE).exists() else None):
+        return
+    if checkpoint_steps(folder):
+        raise UserError(
+            f"{folder} has checkpoints in {now}, and train.checkpoints={root!r} says otherwise; "
+            "leave it as it was."
+        )
+    if is_first() and there is not None:
+        write_json(folder / ELSEWHERE, {"checkpoints": there})
+    elif is_first():
+        (folder / ELSEWHERE).unlink()
 
 
 class Checkpoints:
@@ -45,13 +72,13 @@ class Checkpoints:
         bad_steps: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         policies = checkpoint_managers.AnyPreservationPolicy(
-            [checkpoint_managers.LatestN(keep_last), _Best(keep_best), _Before(bad_steps)]
+            [checkpoint_managers.LatestN(keep_last), Best(keep_best), Before(bad_steps)]
         )
-        self._folder, self._settings = folder / FOLDER, settings
+        self._folder, self._settings = checkpoints_of(folder), settings
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies,
             # Without it metrics are not written, and the best is forgotten at a restart.
-            best_fn=lambda metrics: -_score(metrics),
+            best_fn=lambda metrics: -score(metrics),
             cleanup_tmp_directories=True,
         )
         self._unsure: Callable[[], None] | None = None  # saves again what may not be on disk
@@ -59,7 +86,7 @@ class Checkpoints:
             patiently(self._open, self._folder)
 
     def _open(self) -> None:
-        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=self._options)
+        self._manager = ocp.CheckpointManager(absolute(self._folder), options=self._options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -140,8 +167,11 @@ def write_errors(folder: Path) -> Iterator[None]:
 
 def checkpoint_steps(folder: str | Path) -> list[int]:
     """The steps for which a run folder holds a whole checkpoint, in order."""
-    found = (Path(folder) / FOLDER).glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    root = checkpoints_of(folder)
+    found = [path for path in root.glob("*") if path.name.isdigit()]
+    if is_remote(root):
+        found = [path for path in found if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in found)
 
 
 def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
@@ -150,7 +180,7 @@ def load_params(folder: str | Path, like: Any, step: int | None = None) -> Any:
     `like` is the tree of shapes (with shardings where wanted) of the model they should fit.
     """
     item = weights_folder(folder, step)
-    place, steps = Path(folder) / FOLDER / item.parent.name, checkpoint_steps(folder)
+    place, steps = item.parent, checkpoint_steps(folder)
     try:
         if difference := other_model(place, item.name, like):
             raise UserError(f"{place} {difference}; use the settings that it was trained with.")
@@ -176,22 +206,22 @@ def weights_folder(folder: str | Path, step: int | None = None) -> Path:
         )
     if step is not None and step not in steps:
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps}.")
-    place = Path(folder) / FOLDER / str(steps[-1] if step is None else step)
-    return place.absolute() / ("ema" if (place / "ema").exists() else "params")
+    place = checkpoints_of(folder) / str(steps[-1] if step is None else step)
+    return place / ("ema" if (place / "ema").exists() else "params")
 
 
 def read_item(place: Path, name: str, like: Any) -> Any:
     """A tree of a checkpoint, laid out as `like`. Each process reads its own part, and waits for no
     other, so that one that cannot may say so."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(place.absolute() / name, args=ocp.args.StandardRestore(like))
+        return reader.restore(absolute(place) / name, args=ocp.args.StandardRestore(like))
 
 
 def other_model(place: Path, name: str, like: Any) -> str | None:
     """How a tree of a checkpoint differs from `like`; None where its shapes are the same."""
     # The handler alone: a `Checkpointer` would ask this item for what its checkpoint has, and warn.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        saved = reader.metadata(place.absolute() / name)
+        saved = reader.metadata(absolute(place) / name)
     if saved is None:
         raise ValueError("its weights cannot be read")
     wanted, found = _shapes(like), _shapes(saved.tree)
@@ -240,35 +270,3 @@ def check_metrics(place: Path) -> None:
             json.loads((place / "metrics" / "metrics").read_text())
         except ValueError:
             raise ValueError("its metrics cannot be read") from None
-
-
-def _score(metrics: Any) -> float:
-    """What the best checkpoint has least of; infinite for one that was not validated."""
-    return metrics.get(BEST_METRIC, math.inf) if isinstance(metrics, dict) else math.inf
-
-
-class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the `n` best checkpoints, of those alone that were validated.
-
-    Orbax's own `BestN` asks for metrics in all or warns at each checkpoint without.
-    """
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        validated = [one for one in checkpoints if math.isfinite(_score(one.metrics))]
-        best = sorted(validated, key=lambda one: _score(one.metrics))[: self._n]
-        return [one in best for one in checkpoints]
-
-
-class _Before(checkpoint_managers.PreservationPolicy):
-    """Keeps the last checkpoint before each bad step."""
-
-    def __init__(self, bad_steps: Callable[[], Sequence[int]]) -> None:
-        self._bad_steps = bad_steps
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [one.step for one in checkpoints]
-        kept = {max((s for s in steps if s < bad), default=None) for bad in self._bad_steps()}
-        return [step in kept for step in steps]

@@ -14,17 +14,19 @@ import optax
 
 from gemma_jax import stops
 from gemma_jax.errors import UserError, require_fractions, require_positive
+from gemma_jax.hosts import first_alone
 from gemma_jax.progress import progress
 from gemma_jax.settings import check_types
 from gemma_jax.sharding import Layout
 from gemma_jax.training.bad_steps import Skip, Stop
-from gemma_jax.training.checkpoint import BEST_METRIC, Checkpoints
+from gemma_jax.training.checkpoint import Checkpoints, keep_elsewhere
 from gemma_jax.training.clock import Clock
 from gemma_jax.training.lookout import INNER, BadSteps, Lookout, Records
 from gemma_jax.training.metrics import MetricsLog, read_metrics, summary
 from gemma_jax.training.objective import Objective
 from gemma_jax.training.optim import Optimizer
 from gemma_jax.training.restore import last_good
+from gemma_jax.training.retention import BEST_METRIC
 from gemma_jax.training.step import (
     Join,
     TrainState,
@@ -49,6 +51,7 @@ class LoopConfig:
     microbatches: int = 1
     ema_decay: float | None = None
     on_bad_step: Stop | Skip = Stop()
+    checkpoints: str | None = None  # a folder for them, gs://BUCKET/... say; else the run's own
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
@@ -118,6 +121,7 @@ def train(job: Job) -> Trained:
     with job.layout.active(), contextlib.ExitStack() as stack:
         plan = prepare(job)
         batches = iter(job.batches)
+        first_alone(lambda: keep_elsewhere(job.folder, job.config.checkpoints, job.name))
         state = last_good(job.folder, plan.like, batches, is_same=job.is_same)
         start = 0 if state is None else int(state.step)
         bad = BadSteps(job.folder, start)

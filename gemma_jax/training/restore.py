@@ -7,7 +7,6 @@ bits flipped in the files of a small checkpoint, it noticed none).
 
 import contextlib
 import math
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,11 @@ from gemma_jax.files import patiently
 from gemma_jax.hosts import any_of, first_alone, is_first
 from gemma_jax.training.bad_steps import watch_from_json
 from gemma_jax.training.checkpoint import (
-    FOLDER,
     check_metrics,
     check_values,
     checked,
     checkpoint_steps,
+    checkpoints_of,
     other_model,
     read_item,
     saved_json,
@@ -57,21 +56,22 @@ def last_good(
     """
     faults: dict[Path, str] = {}
     last = math.inf if up_to is None else up_to
+    root = checkpoints_of(folder)
     steps = [step for step in checkpoint_steps(folder) if 0 < step <= last]
     for step in reversed(steps):
-        place = folder / FOLDER / str(step)
+        place = root / str(step)
         state, fault = _attempt(place, step, like, batches, is_same)
         if state is not None and up_to is not None:
             return state
         if state is not None:
             for older in steps[: steps.index(step)]:
-                other = folder / FOLDER / str(older)
+                other = root / str(older)
                 unread: dict[Path, str] = {}
                 with _noting(other, unread):
                     check_metrics(other)
                 if any_of(bool(unread)):
                     faults[other] = unread.get(other, _ELSEWHERE)
-            _set_aside(folder, faults, step)
+            _set_aside(root.parent, faults, step)
             return state
         faults[place] = fault
     for place, fault in faults.items():  # the newest
@@ -149,9 +149,9 @@ def _read(
     return TrainState(progress["step"], params, progress["opt_state"], ema, watch)
 
 
-def _set_aside(folder: Path, faults: dict[Path, str], step: int) -> None:
+def _set_aside(beside: Path, faults: dict[Path, str], step: int) -> None:
     for place, fault in faults.items():
-        aside = folder / ASIDE / place.name
+        aside = beside / ASIDE / place.name
         number = 1
         while aside.exists():
             number += 1
@@ -160,7 +160,7 @@ def _set_aside(folder: Path, faults: dict[Path, str], step: int) -> None:
         def move(place: Path = place, aside: Path = aside) -> None:
             if is_first():
                 aside.parent.mkdir(exist_ok=True)
-                shutil.move(place, aside)
+                place.rename(aside)
 
         first_alone(move)
         if is_first():
