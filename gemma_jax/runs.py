@@ -56,7 +56,7 @@ LOCK = ".train.lock"  # another name than that of token sets, which may lie in t
 
 # What may differ between two starts of one run: it changes how the run is watched or laid out, not
 # what it computes.
-_FREE = ("train.", "mesh.", "model.remat", "model.attn_backend")
+_FREE = ("train.", "mesh.", "model.remat", "model.attn_backend", "model.unroll")
 _BOUND = ("train.microbatches", "train.ema_decay")
 
 

@@ -47,6 +47,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # parameters are always float32
     remat: Literal["none", "dots", "full"] = "none"  # what backward computes anew: see transformer
     attn_backend: Backend = "auto"
+    unroll: bool | None = None  # no scan over periods; None: see transformer
 
     def __post_init__(self) -> None:
         letters = set(self.attn_pattern)

@@ -21,9 +21,12 @@ from gemma_jax.model.cache import Cache, LayerCache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import MLP, RMSNorm
 from gemma_jax.model.matrix import Matrix, as_array, lookup, scores
+from gemma_jax.ops.hardware import on_gpu
 from gemma_jax.sharding import pin, split_batch
 
 type Params = Any
+
+_MAX_UNROLLED = 32  # layers; compile time grows with them
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -62,7 +65,7 @@ class Period(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], place: Place, caches: tuple[LayerCache, ...] | None
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
-        block: Any = _block(self.config, inside_scan=True)
+        block: Any = _block(self.config, inside_scan=not _unrolls(self.config))
         if caches is not None:  # decoding unrolls all layers into one period: trace one a letter
             block = nn.jit(block)
         after = []
@@ -71,6 +74,15 @@ class Period(nn.Module):
             x, cache = block(self.config, letter, self.fresh, name=f"block_{i}")(x, place, cache)
             after.append(cache)
         return x, tuple(after)
+
+
+def _unrolls(config: ModelConfig) -> bool:
+    """Whether the scan's periods are written out in the program, which then takes longer to
+    compile. A scan copies all that the backward pass will read into stacks and out of them; where
+    nothing is recomputed, that is a good part of a GPU's work (docs/performance.md)."""
+    if config.unroll is not None:
+        return config.unroll
+    return config.remat == "none" and config.num_layers <= _MAX_UNROLLED and on_gpu()
 
 
 def _block(config: ModelConfig, *, inside_scan: bool) -> type[Block]:
@@ -125,6 +137,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=c.num_periods,
+                unroll=c.num_periods if _unrolls(c) else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             caches = cache.periods if cache else None

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from gemma_jax.ops.cudnn_attention import can_do, cudnn_attention
-from gemma_jax.ops.hardware import on_hopper
+from gemma_jax.ops import cudnn_attention, splash_attention
+from gemma_jax.ops.hardware import on_hopper, on_tpu
 from gemma_jax.ops.masks import MaskSpec, dense_mask, visible
 from gemma_jax.sharding import current_layout
 
-Backend = Literal["auto", "reference", "banded", "cudnn"]
+Backend = Literal["auto", "reference", "banded", "cudnn", "splash"]
 
 MASKED = -2.3819763e38  # finite, so that a row with nothing to see gives no NaN
 _MIN_BLOCK = 128  # smaller blocks lose more to overhead than they save
@@ -51,7 +51,7 @@ def attention(
         backend = _choose(q, k, spec, softcap)
     if backend == "reference":
         return _reference(q, k, v, spec, softcap)
-    run = {"banded": _banded, "cudnn": _cudnn}[backend]
+    run = {"banded": _banded, "cudnn": _cudnn, "splash": _splash}[backend]
     return _on_each_device(run, q, k, v, spec, softcap)
 
 
@@ -59,7 +59,9 @@ def _choose(q: Array, k: Array, spec: MaskSpec, softcap: float | None) -> Backen
     in_order = q.shape[1] == k.shape[1] and spec.q_positions is None and spec.k_positions is None
     if not in_order:
         return "reference"
-    return "cudnn" if on_hopper() and can_do(q, k, spec, softcap) else "banded"
+    if on_hopper() and cudnn_attention.can_do(q, k, spec, softcap):
+        return "cudnn"
+    return "splash" if on_tpu() and splash_attention.can_do(q, k, spec) else "banded"
 
 
 def _on_each_device(
@@ -134,16 +136,46 @@ def _attend(
 def _cudnn(
     q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
 ) -> Float[Array, "B T N H"]:
-    if not can_do(q, k, spec, softcap):
+    if not cudnn_attention.can_do(q, k, spec, softcap):
         raise ValueError(
             f"cuDNN has no attention for {q.dtype} queries {q.shape}, keys {k.shape} and "
             f"softcap={softcap}"
         )
-    return cudnn_attention(q, k, v, spec, otherwise=_plain_banded)
+    return cudnn_attention.cudnn_attention(q, k, v, spec, otherwise=_query_blocks)
 
 
-def _plain_banded(q: Array, k: Array, v: Array, spec: MaskSpec) -> Float[Array, "B T N H"]:
-    return _banded(q, k, v, spec, None)
+def _splash(
+    q: Array, k: Array, v: Array, spec: MaskSpec, softcap: float | None
+) -> Float[Array, "B T N H"]:
+    if not splash_attention.can_do(q, k, spec):
+        raise ValueError(
+            f"splash attention has no kernel for queries {q.shape} and keys {k.shape}; a sequence "
+            "must be a multiple of 128 tokens, its keys in order"
+        )
+    return splash_attention.splash_attention(q, k, v, spec, softcap)
+
+
+def _query_blocks(q: Array, k: Array, v: Array, spec: MaskSpec) -> Float[Array, "B T N H"]:
+    """Exact, slow and a small program: a loop over blocks of queries, each against all keys."""
+    B, T, N, H = q.shape
+    count = math.ceil(T / _DENSE_UP_TO)
+    pad = count * _DENSE_UP_TO - T
+
+    def blocks(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(B, count, _DENSE_UP_TO, *x.shape[2:]), 1, 0)
+
+    def one(block: tuple[Array, Array, Array]) -> Array:
+        part, positions, ids = block
+        mask = dense_mask(
+            dataclasses.replace(spec, q_positions=positions, q_segment_ids=ids), _DENSE_UP_TO, T
+        )
+        return _attend(part, k, v, mask, None)
+
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    ids = jnp.ones_like(positions) if spec.q_segment_ids is None else spec.q_segment_ids
+    out = jax.lax.map(one, (blocks(q), blocks(positions), blocks(ids)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, count * _DENSE_UP_TO, N, H)[:, :T]
 
 
 def _banded(

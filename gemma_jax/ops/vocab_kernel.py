@@ -37,10 +37,10 @@ class Tiles:
     rows: int = 128
     columns: int = 128
     depth: int = 64
-    steps: int = 3
+    steps: int = 4
     band: int = 8
-    side_by_side: bool = False
-    slots: int = 2  # pieces of the output under way
+    side_by_side: bool = True
+    slots: int = 1  # pieces of the output under way
 
     @property
     def block(self) -> tuple[int, int]:

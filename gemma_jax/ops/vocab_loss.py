@@ -31,7 +31,7 @@ from gemma_jax.ops.table import own_ids, table_parts
 HeadBackend = Literal["auto", "xla", "fused"]
 
 _CHUNK_LOGITS = 2**28  # 1 GiB of float32
-_FUSED_LOGITS = 2**31  # 4 GiB of bfloat16
+_FUSED_LOGITS = 2**30  # 2 GiB of bfloat16
 _CHUNK_TOKENS = 4096  # larger chunks no longer make the matmuls faster
 _ROWS = 256  # a chunk of the fused kernel is a multiple of this
 _FAR = 60.0  # nats

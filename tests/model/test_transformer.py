@@ -156,19 +156,22 @@ def test_packed_documents_equal_separate_ones():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), inside, alone)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+@pytest.mark.parametrize(
+    "settings",
+    [{"remat": "dots"}, {"remat": "full"}, {"unroll": True}, {"unroll": True, "remat": "full"}],
+)
+def test_neither_remat_nor_unrolling_changes_a_gradient(settings):
     model, params, *_ = tiny_model()
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 128)
 
-    def gradient(name):
-        changed = Transformer(dataclasses.replace(model.config, remat=name))
+    def gradient(settings):
+        changed = Transformer(dataclasses.replace(model.config, **settings))
         return jax.jit(jax.grad(lambda p: jnp.square(changed.hidden(p, tokens)).sum()))(params)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4),
-        gradient(remat),
-        gradient("none"),
+        gradient(settings),
+        gradient({"remat": "none", "unroll": False}),
     )
 
 

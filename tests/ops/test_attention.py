@@ -67,6 +67,19 @@ def test_values(backend, window, packed):
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_cudnn_leaves_to_a_loop_over_queries(window):
+    q, k, v, segments = make_inputs(30, True)
+    segments[0, 4] = segments[0, 20]  # a document in two pieces
+    expected = oracle(q, k, v, window=window, segments=segments, softcap=None)
+    ids = jnp.asarray(segments)
+    spec = MaskSpec(window=window, q_segment_ids=ids, k_segment_ids=ids)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    got = jax.jit(attention_module._query_blocks)(*arrays, spec)
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 12])
 def test_gradients_of_banded_equal_those_of_reference(window, packed):
@@ -114,3 +127,28 @@ def test_banded_refuses_a_cache():
     single = [jnp.asarray(x, jnp.float32) for x in (q[:, :1], k, v)]
     with pytest.raises(ValueError, match="in order"):
         attention(*single, MaskSpec(window=4), backend="banded")
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 127, 128, 129, 300])
+def test_splash_interpreted(window, packed, num_kv_heads):
+    q, k, v, segments = make_inputs(256, packed)
+    k, v = k[:, :, :num_kv_heads], v[:, :, :num_kv_heads]
+    ids = jnp.asarray(segments) if packed else None
+    spec = MaskSpec(window=window, q_segment_ids=ids, k_segment_ids=ids)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+
+    def run(backend):
+        out, pull = jax.vjp(lambda *x: attention(*x, spec, backend=backend), *arrays)
+        return out, *pull(cotangent)
+
+    for ours, expected in zip(run("splash"), run("reference"), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_splash_refuses_lengths_that_it_has_no_blocks_for():
+    x = jnp.zeros((1, 100, 1, 8))
+    with pytest.raises(ValueError, match="multiple of 128"):
+        attention(x, x, x, MaskSpec(), backend="splash")

@@ -1,0 +1,126 @@
+"""Kernels that only a GPU runs, against float32 arithmetic of the portable paths on the same GPU.
+
+python -m pytest -m gpu tests/ops/test_gpu.py
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax.ops.attention import attention
+from gemma_jax.ops.hardware import on_hopper
+from gemma_jax.ops.masks import MaskSpec
+from gemma_jax.ops.vocab_loss import vocab_loss
+
+pytestmark = pytest.mark.gpu
+
+B, N = 2, 4
+WINDOWS = (None, 1, 100, 511, 512, 513, 2000)
+
+
+def segment_ids(length, documents, padding=0, seed=0):
+    """[B, T]: `documents` runs of random lengths, then padding."""
+    rng = np.random.default_rng(seed)
+    ids, used = np.zeros((B, length), np.int32), length - padding
+    for row in ids:
+        cuts = np.sort(rng.choice(np.arange(1, used), documents - 1, replace=False))
+        row[:used] = 1 + np.searchsorted(cuts, np.arange(used), side="right")
+    return jnp.asarray(ids)
+
+
+def make_inputs(length, num_kv_heads, head_dim, seed=0):
+    rng = np.random.default_rng(seed)
+    scales = {"q": 3 * head_dim**-0.5, "k": 1.0, "v": 1.0, "gradient": 1.0}
+    heads = {"q": N, "k": num_kv_heads, "v": num_kv_heads, "gradient": N}
+    return [
+        jnp.asarray(scales[x] * rng.standard_normal((B, length, heads[x], head_dim)), jnp.bfloat16)
+        for x in scales
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("window", "backend", "dtype"))
+def run(q, k, v, gradient, ids, *, window, backend, dtype):
+    """(output, gradients of q, k, v)."""
+    spec = MaskSpec(window=window, q_segment_ids=ids, k_segment_ids=ids)
+    inputs = (x.astype(dtype) for x in (q, k, v))
+    with jax.default_matmul_precision("highest"):
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, spec, backend=backend), *inputs)
+        return out, *pull(gradient.astype(out.dtype))
+
+
+def check(arrays, ids, window):
+    exact = run(*arrays, ids, window=window, backend="reference", dtype=jnp.float32)
+    got = run(*arrays, ids, window=window, backend="cudnn", dtype=jnp.bfloat16)
+    for ours, expected in zip(got, exact, strict=True):
+        error = jnp.linalg.norm((ours.astype(jnp.float32) - expected).ravel())
+        assert error < 6e-3 * jnp.linalg.norm(expected.ravel())  # operands of 8 bits
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("documents", [None, 1, 6])
+def test_cudnn(window, documents):
+    ids = None if documents is None else segment_ids(1024, documents, padding=30)
+    check(make_inputs(1024, 1, 256), ids, window)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("length", "num_kv_heads", "head_dim"), [(777, 2, 64), (512, 4, 128), (64, 1, 256)]
+)
+def test_cudnn_of_other_shapes(length, num_kv_heads, head_dim, window):
+    ids = segment_ids(length, 7, padding=5)
+    check(make_inputs(length, num_kv_heads, head_dim), ids, window)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_cudnn_where_a_loop_takes_over(window):
+    many = segment_ids(640, 200)
+    check(make_inputs(640, 1, 256), many, window)
+    in_pieces = jnp.where(jnp.arange(640) % 200 < 100, 1, 2)[None].repeat(B, axis=0)
+    check(make_inputs(640, 1, 256), in_pieces.astype(jnp.int32), window)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_no_document_sees_another(window):
+    ids = segment_ids(1024, 5)
+    arrays = make_inputs(1024, 1, 256)
+    third = (ids == 3)[..., None, None]
+    moved = [jnp.where(third, -x, x) for x in arrays]
+    settings = {"window": window, "backend": "cudnn", "dtype": jnp.bfloat16}
+    for before, after in zip(
+        run(*arrays, ids, **settings), run(*moved, ids, **settings), strict=True
+    ):
+        np.testing.assert_array_equal(jnp.where(third, 0, before), jnp.where(third, 0, after))
+
+
+@pytest.mark.parametrize("targets", [1, 16])
+@pytest.mark.parametrize("scale", [0.05, 3.0])  # the second: targets 60 nats and more from the top
+def test_fused_head(targets, scale):
+    if not on_hopper():
+        pytest.skip("the kernel is for Hopper GPUs")
+    rng = np.random.default_rng(0)
+    n, V, D = 700, 4096, 640
+    hidden = jnp.asarray(rng.standard_normal((n, D)), jnp.bfloat16)
+    table = jnp.asarray(scale * rng.standard_normal((V, D)), jnp.bfloat16)
+    ids = jnp.asarray(rng.integers(0, V, (n, targets)), jnp.int32)
+    weights = jnp.asarray(rng.random((n, targets)), jnp.float32)
+
+    def loss(backend, dtype, hidden, table):
+        return vocab_loss(hidden.astype(dtype), table.astype(dtype), ids, weights, backend=backend)
+
+    def both(backend, dtype):
+        f = jax.value_and_grad(functools.partial(loss, backend, dtype), (0, 1), has_aux=True)
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(f)(hidden, table)
+
+    (exact, stats), exact_gradients = both("xla", jnp.float32)
+    (ours, own_stats), gradients = both("fused", jnp.bfloat16)
+    np.testing.assert_allclose(ours, exact, rtol=1e-5)
+    for a, b in zip(own_stats, stats, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
+    for a, b in zip(gradients, exact_gradients, strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert np.linalg.norm(a - b) < 8e-3 * np.linalg.norm(b)
