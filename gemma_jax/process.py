@@ -50,7 +50,7 @@ def stop_by_exception() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt and `Terminated`; of several processes, in all."""
 
     def stop(number: int, frame: Any) -> None:
-        if (stops := sys.modules.get("gemma_jax.stops")) is not None:  # jax is there
+        if (stops := _stops()) is not None:
             stops.tell(number)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
@@ -64,10 +64,17 @@ def import_uninterrupted(module: str) -> None:
 
     def stop(number: int, frame: Any) -> None:
         os.write(2, f"\n{STOPPED}\n".encode())
+        if (stops := _stops()) is not None:
+            stops.part(number)
         os._exit(exit_code(number))
 
     with _handlers(stop):
         importlib.import_module(module)
+
+
+def _stops() -> Any:
+    """The module, where jax is there and processes may have been joined."""
+    return sys.modules.get("gemma_jax.stops")
 
 
 @contextlib.contextmanager

@@ -46,10 +46,10 @@ def whole(inputs):
     return inputs / "runs" / "whole"
 
 
-def stop(folder, name, number, target):
-    """Signals one of two processes once their run has logged something; gives what they say."""
+def stop(folder, name, number, target, once="metrics.jsonl"):
+    """Signals one of two processes once a file of their run has content; gives what they say."""
     started = start_together(folder, f"{TRAIN}{name}".split(), 2, DEVICES)
-    log, deadline = folder / "runs" / name / "metrics.jsonl", time.monotonic() + 120
+    log, deadline = folder / "runs" / name / once, time.monotonic() + 120
     while not (log.exists() and log.read_text()):
         assert time.monotonic() < deadline
         assert all(one.poll() is None for one in started), ends(started)
@@ -95,3 +95,12 @@ def test_one_signal_stops_all_at_the_same_step(inputs, whole, number, target, co
     train(elsewhere, name, 1)
     for here, there in zip(records(elsewhere / "runs" / name), records(whole), strict=True):
         assert here == pytest.approx(there, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_before_the_first_step_all_stop_at_once(inputs):
+    """While the model is compiled, or wherever each of them is by then."""
+    said = stop(inputs, "early", signal.SIGTERM, 1, once="model.json")
+    assert [code for code, _, _ in said] == [PREEMPTED_CODE] * 2, said
+    assert all("the same command goes on" in err for _, _, err in said)
+    assert not any("Traceback" in err for _, _, err in said)
