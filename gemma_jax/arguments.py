@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gemma_jax.arguments_eval import add_eval
 from gemma_jax.arguments_machines import add_machines
 
 TWO_WORDS = ("data build", "tokenizer train", "teacher verify")
@@ -180,13 +181,13 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     _settings_options(one)
     _device_options(one, mesh_too=False)
 
-    one = verb("eval", "Bits per byte and perplexity on text, or scores on tasks.")
+    one = verb("eval", "Bits per byte on text, scores on tasks, or what replies are worth.")
     one.add_argument("checkpoint", help="folder of a run")
     one.add_argument("--data", help="folder of a token set: its validation split")
     _source_options(one, required=False)
     one.add_argument("--seq-len", type=_at_least(2), help="tokens a sequence; the run's by default")
     one.add_argument("--batch-size", type=_positive, default=8, help="sequences a batch")
-    _task_options(one)
+    add_eval(one, _positive)
     _device_options(one)
 
     _model_verbs(verb)
@@ -197,6 +198,7 @@ def _verbs_of_what_is_made(verb: Callable[[str, str], argparse.ArgumentParser]) 
     _settings_options(one)
 
     _bench_options(verb("bench", "Tokens a second, memory, compile time; beside other libraries."))
+    _plan_options(verb("plan", "Memory and least time of a step on hardware that is not here."))
 
 
 def _bench_options(one: argparse.ArgumentParser) -> None:
@@ -239,6 +241,30 @@ def _bench_options(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--plot", metavar="FILE", help="PNG of a sweep; bench-WHAT-NAME.png by default"
+    )
+
+
+def _plan_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("file", help="experiment file")
+    one.add_argument("--point", help="a point of its SWEEP, instead of BASE")
+    _settings_options(one)
+    one.add_argument("--topology", metavar="TPU:SHAPE", help="a slice to compile for: v5e:4x4")
+    one.add_argument("--slices", type=_positive, default=1, help="such slices, joined by a network")
+    one.add_argument(
+        "--device", metavar="NAME:COUNT", help="instead, by arithmetic alone: h100:8, v5e:16"
+    )
+    one.add_argument(
+        "--step",
+        choices=("train", "teacher", "decode"),
+        default="train",
+        help="training, writing teacher shards, or generating a token",
+    )
+    one.add_argument("--rows", type=_positive, default=1, help="sequences of a decoding step")
+    one.add_argument(
+        "--search", action="store_true", help="rank rule presets, meshes, remat and microbatches"
+    )
+    one.add_argument(
+        "--count", type=_positive, default=4, help="variants that a search compiles and shows"
     )
 
 
@@ -341,22 +367,6 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a value that the file asks for; may be given several times",
     )
-
-
-def _task_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tasks",
-        metavar="NAME,...",
-        help="standard sets such as hellaswag or arc_easy:5shot, and files of JSON lines",
-    )
-    parser.add_argument("--limit", type=_positive, help="examples of each task at most")
-    parser.add_argument(
-        "--batch-tokens", type=_positive, default=8192, help="tokens of a batch of tasks"
-    )
-    parser.add_argument(
-        "--compute-dtype", choices=("float32", "bfloat16"), help="of tasks; the model's by default"
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the scores of tasks there as JSON")
 
 
 def _source_options(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_jax import cli_bench, cli_machines, cli_models, report
+from gemma_jax import cli_bench, cli_eval, cli_machines, cli_models, cli_plan, report
 from gemma_jax.arguments import parse, seed
 from gemma_jax.errors import (
     INTERRUPTED_CODE,
@@ -39,6 +39,7 @@ _NEEDS = {
     "tokenizer train": "gemma_jax.data.tokens",
     "inspect": "gemma_jax.runs",
     "bench": "gemma_jax.bench.run",
+    "plan": "gemma_jax.plan.search",
     "generate": "gemma_jax.completion",
     "import": "gemma_jax.exchange",
     "export": "gemma_jax.exchange",
@@ -140,14 +141,7 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from gemma_jax.experiment import run
 
-    if arguments.point is not None:
-        sweep = _load_sweep(Path(arguments.file), arguments)
-        if arguments.point not in sweep.points:
-            known = ", ".join(sweep.points)
-            raise UserError(f"there is no point '{arguments.point}'; there are: {known}.")
-        experiment = sweep.experiment(arguments.point, sweep.seeds[0])
-    else:
-        experiment = _load_base(Path(arguments.file), arguments)
+    experiment = _load_point(arguments)
     if arguments.replay is not None:
         from gemma_jax.replay import replay
 
@@ -194,7 +188,7 @@ def _teacher_verify(arguments: argparse.Namespace) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     from gemma_jax.sweep import markdown, run_sweep, tabulate
 
-    sweep = _load_sweep(Path(arguments.file), arguments)
+    sweep, after = _load_sweep_file(Path(arguments.file), arguments)
     if arguments.list:
         report.emit(arguments, list(sweep.points), "\n".join(sweep.points))
         return
@@ -212,38 +206,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
     else:
         rows = run_sweep(sweep)
     text = f"{markdown(rows)}\n{sweep.folder}/results.csv, results.md, results.png"
+    if after is not None and arguments.collect is None:
+        text = f"{text}\n\n{after(sweep)}"
     report.emit(arguments, rows, text)
-
-
-def _eval(arguments: argparse.Namespace) -> None:
-    from gemma_jax.trained import evaluate, evaluate_tasks
-
-    if arguments.tasks is not None:
-        if arguments.data or arguments.source:
-            raise UserError("give either tasks (--tasks) or text (--data, --source), not both.")
-        result = evaluate_tasks(
-            arguments.checkpoint,
-            [name for name in arguments.tasks.split(",") if name],
-            limit=arguments.limit,
-            batch_tokens=arguments.batch_tokens,
-            compute_dtype=arguments.compute_dtype,
-            output=arguments.output,
-            mesh=cli_models.mesh(arguments),
-        )
-        report.emit(arguments, result, report.scores(result))
-        return
-    if arguments.limit or arguments.output or arguments.compute_dtype:
-        raise UserError("--limit, --output and --compute-dtype are for tasks; give --tasks too.")
-    result = evaluate(
-        arguments.checkpoint,
-        data=arguments.data,
-        sources=tuple(arguments.source or ()),
-        text_field=arguments.text_field,
-        seq_len=arguments.seq_len,
-        batch_size=arguments.batch_size,
-        mesh=cli_models.mesh(arguments),
-    )
-    report.emit(arguments, result, report.figures(result))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -278,6 +243,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     report.emit(arguments, described, report.cut_off(described["model"]) + summary.text(described))
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    cli_plan.plan(arguments, _load_point(arguments))
+
+
 def _load_file(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from gemma_jax.experiment_file import load_file
     from gemma_jax.settings import parse_assignments
@@ -300,7 +269,23 @@ def _load_base(path: Path, arguments: argparse.Namespace) -> Any:
     return override(base, _changes(arguments))
 
 
+def _load_point(arguments: argparse.Namespace) -> Any:
+    """The experiment of `--point`, or BASE."""
+    if arguments.point is None:
+        return _load_base(Path(arguments.file), arguments)
+    sweep = _load_sweep(Path(arguments.file), arguments)
+    if arguments.point not in sweep.points:
+        known = ", ".join(sweep.points)
+        raise UserError(f"there is no point '{arguments.point}'; there are: {known}.")
+    return sweep.experiment(arguments.point, sweep.seeds[0])
+
+
 def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
+    return _load_sweep_file(path, arguments)[0]
+
+
+def _load_sweep_file(path: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The SWEEP of a file with the changes of the command line, and its AFTER or None."""
     import dataclasses
 
     from gemma_jax.settings import override
@@ -325,7 +310,8 @@ def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
                 f"--seeds '{arguments.seeds}' must be whole numbers from 0 on, with commas, "
                 "such as 0,1,2."
             ) from None
-    return dataclasses.replace(sweep, base=override(sweep.base, changes), seeds=seeds)
+    sweep = dataclasses.replace(sweep, base=override(sweep.base, changes), seeds=seeds)
+    return sweep, defined.get("AFTER")
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -336,12 +322,13 @@ _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "teacher": _teacher,
     "teacher verify": _teacher_verify,
     "sweep": _sweep,
-    "eval": _eval,
+    "eval": cli_eval.evaluate,
     "generate": cli_models.generate,
     "import": cli_models.import_,
     "export": cli_models.export,
     "inspect": _inspect,
     "bench": cli_bench.bench,
+    "plan": _plan,
     "tpu": cli_machines.tpu,
     "gke": cli_machines.gke,
     "slurm": cli_machines.slurm,

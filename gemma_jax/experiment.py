@@ -4,13 +4,12 @@
 that they name are built on first use, and found again afterwards.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
-import jax
 
 from gemma_jax import runs, trained, tuned
 from gemma_jax.data.conversations import Conversations
@@ -26,12 +25,10 @@ from gemma_jax.errors import UserError
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.experiment_config import Experiment, TeacherRun
 from gemma_jax.hosts import first_alone, is_first
-from gemma_jax.model.config import flops_per_token
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.settings import to_json
+from gemma_jax.outline import outline
 from gemma_jax.sharding import Layout, make_layout
 from gemma_jax.training.loop import Evaluate, Job, train
-from gemma_jax.tuning.qat import check_widths, quantized
 from gemma_jax.tuning.sft import Sft
 
 
@@ -78,40 +75,23 @@ def finished_result(experiment: Experiment) -> dict[str, Any] | None:
 
 def build(experiment: Experiment) -> Job:
     """Everything that the loop needs, with all input checked against all other."""
-    layout = make_layout(experiment.mesh)
-    rows, split = experiment.batch_size, layout.batch_size_multiple
-    if rows % (split * experiment.train.microbatches):
-        raise UserError(
-            f"a batch of {rows} sequences (batch_tokens={experiment.batch_tokens} / "
-            f"seq_len={experiment.seq_len}) in {experiment.train.microbatches} microbatch(es) does "
-            f"not divide by the {split} devices of the mesh's batch axes; change batch_tokens or "
-            "mesh."
-        )
+    layout, model = make_layout(experiment.mesh), Transformer(experiment.model)
+    job = outline(experiment, layout)
     _check_teacher(experiment)
-    model, config = Transformer(experiment.model), experiment.model
     source = (_conversations if isinstance(experiment.data, Conversations) else _texts)(
         experiment, model, layout
     )
     if experiment.init is not None:
-        tuned.check_init(experiment.init, config, source.tokenizer)
+        tuned.check_init(experiment.init, experiment.model, source.tokenizer)
+    if experiment.init is not None and experiment.adapter is not None:
+        runs.open_base(experiment.init)  # refused before work is lost
     if is_first():
-        runs.describe_model(experiment.folder, config, source.tokenizer)
-    return Job(
-        name=experiment.name,
-        folder=experiment.folder,
-        config=experiment.train,
-        layout=layout,
-        **_weights(experiment, model, layout),
-        objective=experiment.objective.build(model, softcap=config.final_softcap),
-        optimizer=experiment.optimizer,
+        runs.describe_model(experiment.folder, experiment.model, source.tokenizer)
+    return dataclasses.replace(
+        job,
         batches=source.batches,
-        batch_size=rows,
         num_steps=source.num_steps,
-        tokens_per_step=experiment.batch_tokens,
-        flops_per_token=flops_per_token(config, experiment.seq_len),
         evaluate=source.evaluate,
-        seed=experiment.seed,
-        settings=to_json(experiment),
         is_same=lambda saved: not runs.conflicts(experiment, saved),
         shard_records=source.records,
     )
@@ -178,25 +158,6 @@ def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -
     tuned.check_unchanged(experiment.folder, lessons.conversations)
     batches = lessons.batches(experiment.batch_size, layout.own_rows(experiment.batch_size))
     return _Source(tokenizer, batches, lessons.num_steps, evaluate)
-
-
-def _weights(experiment: Experiment, model: Transformer, layout: Layout) -> dict[str, Any]:
-    """The parts of a `Job` that say what is trained, and where it begins."""
-    init, adapter, seed = experiment.init, experiment.adapter, experiment.seed
-    if init is not None and adapter is not None:
-        return tuned.adapted_job(adapter, init, model, layout, experiment.folder, seed)
-    axes = model.axes()
-    parts: dict[str, Any] = {
-        "init_params": lambda: model.init(jax.random.key(seed)),
-        "axes": axes,
-    }
-    if (rounding := experiment.quantization) is not None:
-        check_widths(rounding, axes, model.shapes())
-        rounded = jax.jit(functools.partial(quantized, rounding, axes))
-        parts["join"] = lambda params, frozen, rng: rounded(params)
-    if init is not None:
-        parts["load_params"] = lambda shardings: tuned.load_params(init, model.config, shardings)
-    return parts
 
 
 def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) -> TeacherShards:

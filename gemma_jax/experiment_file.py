@@ -1,10 +1,14 @@
-"""Experiment files: Python files that define BASE (an Experiment) or SWEEP, or both."""
+"""Experiment files: Python files that define BASE (an Experiment) or SWEEP, or both.
+
+A function AFTER, where there is one, is handed the sweep when all its points are finished; the text
+that it returns is printed.
+"""
 
 import contextvars
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +45,26 @@ def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> d
     missing, an argument is unknown to it or BASE or SWEEP is something else, and for a mistake in
     a line of it or of a neighbour. An error in what they call keeps its traceback.
     """
-    path = Path(path)
+    defined = _run(Path(path), arguments or {})
+    _check(Path(path), defined)
+    return defined
+
+
+def load_function(place: str) -> Callable:
+    """The function that `FILE.py:NAME` stands for."""
+    path, _, name = place.rpartition(":")
+    if not path or not name.isidentifier():
+        raise UserError(f"'{place}' must be FILE.py:FUNCTION.")
+    function = _run(Path(path), {}).get(name)
+    if not callable(function):
+        raise UserError(f"{path} defines no function {name}; give another name.")
+    return function
+
+
+def _run(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no experiment file {path}; give the path of a Python file.")
-    given, known = dict(arguments or {}), {}  # type: dict[str, Any], dict[str, Any]
+    given, known = dict(arguments), {}  # type: dict[str, Any], dict[str, Any]
     token = _ARGUMENTS.set((given, known))
     folder = str(path.parent.resolve())
     sys.path.insert(0, folder)
@@ -69,7 +89,6 @@ def load_file(path: str | Path, arguments: Mapping[str, Any] | None = None) -> d
     if unknown := sorted(given.keys() - known.keys()):
         takes = ", ".join(f"{name}={value!r}" for name, value in known.items()) or "none"
         raise UserError(f"{path} takes no argument {unknown[0]!r}; it takes: {takes}.")
-    _check(path, defined)
     return defined
 
 
@@ -87,3 +106,5 @@ def _check(path: Path, defined: Mapping[str, Any]) -> None:
                 f"{name} of {path} is a {type(defined[name]).__name__}; it must be a "
                 f"{kind.__name__}."
             )
+    if "AFTER" in defined and not callable(defined["AFTER"]):
+        raise UserError(f"AFTER of {path} must be a function of a Sweep that returns a text.")

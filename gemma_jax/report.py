@@ -63,6 +63,15 @@ def scores(result: Mapping[str, Any]) -> str:
     )
 
 
+def replies(result: Mapping[str, Any], name: str) -> str:
+    """What the replies to conversations are worth."""
+    table = scores({"tasks": {name: {**result, "primary": "exact_match"}}})
+    how = "bound to the schema" if result["bound"] else "free"
+    count, rest = result["examples"], result["examples"] - result["ended"]
+    limit = f", {rest} of them at the limit" if rest else ""
+    return f"{table}\n{count:,} replies, {how}{limit}; {result['seconds']:.1f} s"
+
+
 def shards(manifest: Mapping[str, Any], folder: str | Path) -> str:
     """The manifest of teacher shards."""
     count = max(manifest["num_tokens"], 1)

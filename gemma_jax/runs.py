@@ -48,6 +48,7 @@ from gemma_jax.training.lookout import FILE as BAD_STEPS
 from gemma_jax.training.metrics import FILE as METRICS
 from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.weights import SavedWeights
+from gemma_jax.tuning.qat import Qat, rounded
 
 RUNS = Path("runs")
 EXPERIMENT, MODEL, RESULT = "experiment.json", "model.json", "result.json"
@@ -200,12 +201,17 @@ def describe_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> N
 
 
 def load_model(
-    folder: str | Path, *, layout: Layout | None = None, compute_dtype: str | None = None
+    folder: str | Path,
+    *,
+    layout: Layout | None = None,
+    compute_dtype: str | None = None,
+    quantization: Qat | None = None,
 ) -> LoadedModel:
     """The model of a run folder, or of one of its checkpoints (`RUN/checkpoints/STEP`).
 
     Weights are the average where the run kept one. They go where `layout` says, or to the first
     device of this process. `compute_dtype` ("float32", "bfloat16") takes the place of the model's.
+    With `quantization` the weights are rounded, as a file of that type would hold them.
     """
     run, _ = run_and_step(folder)
     config = read_config(run / MODEL)
@@ -224,6 +230,8 @@ def load_model(
         shardings,
     )
     params = load_weights(folder, config, like)
+    if quantization is not None:
+        params = rounded(quantization, model.axes(), params)
     return LoadedModel(model, params, Tokenizer.load(run / TOKENIZER))
 
 

@@ -27,6 +27,7 @@ from gemma_jax.progress import progress
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout, MeshConfig, active, chosen_layout, make_layout
 from gemma_jax.training.weights import weights_hash
+from gemma_jax.tuning.qat import Qat
 
 LESSON = "teacher.json"  # beside the shards of an experiment: the settings of their teacher
 
@@ -39,19 +40,24 @@ def evaluate(
     text_field: str = "text",
     seq_len: int | None = None,
     batch_size: int = 8,
+    compute_dtype: str | None = None,
+    quantization: Qat | None = None,
     mesh: MeshConfig | None = None,
 ) -> dict[str, float]:
     """Bits per byte, loss, perplexity and accuracy of a run on text (`eval.perplexity`).
 
     The text is the validation split of the token set `data`, or all of `sources` (files, globs,
-    ...: see `data.corpora`). `seq_len` defaults to that of the run's training. `mesh` splits model
-    and text over devices; by default each of them has the model and a share of the text.
+    ...: see `data.corpora`). `seq_len` defaults to that of the run's training. `compute_dtype`
+    and `quantization` are those of `runs.load_model`. `mesh` splits model and text over devices; by
+    default each of them has the model and a share of the text.
     """
     if (data is None) == (not sources):
         raise UserError("give either a token set (--data) or text (--source), and not both.")
     _at_least_one("batch_size", batch_size)
     layout = make_layout(mesh or MeshConfig())
-    loaded = runs.load_model(folder, layout=layout)
+    loaded = runs.load_model(
+        folder, layout=layout, compute_dtype=compute_dtype, quantization=quantization
+    )
     length = runs.trained_seq_len(folder) if seq_len is None else seq_len
     context = loaded.model.config.max_seq_len
     if not 2 <= length <= context:
@@ -90,6 +96,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_tokens: int = 8192,
     compute_dtype: str | None = None,
+    quantization: Qat | None = None,
     output: str | Path | None = None,
     mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
@@ -100,10 +107,12 @@ def evaluate_tasks(
       limit: examples of each task at most.
       batch_tokens: tokens at once; more is faster, until the memory is full.
       compute_dtype: "float32" or "bfloat16" instead of the model's own.
+      quantization: what the weights are rounded to first.
       output: a JSON file for the result, written anew after each task.
       mesh: splits model and batches over devices; the first device alone by default.
 
-    Returns {"checkpoint", "compute_dtype", "limit", "tasks": {name: see `eval.tasks.run_task`}}.
+    Returns {"checkpoint", "compute_dtype", "quantization", "limit", "tasks": {name: see
+    `eval.tasks.run_task`}}.
     """
     if not tasks:
         raise UserError(f"give at least one task: a file or one of {', '.join(sets.NAMES)}.")
@@ -112,12 +121,15 @@ def evaluate_tasks(
     runs.run_and_step(folder)  # refuses what is no run before any set is read
     chosen = [sets.read(name) for name in tasks]
     layout = chosen_layout(mesh)
-    loaded = runs.load_model(folder, layout=layout, compute_dtype=compute_dtype)
+    loaded = runs.load_model(
+        folder, layout=layout, compute_dtype=compute_dtype, quantization=quantization
+    )
     model = loaded.model
     output = output if is_first() else None
     result: dict[str, Any] = {
         "checkpoint": str(folder),
         "compute_dtype": model.config.compute_dtype,
+        "quantization": quantization and quantization.scheme,
         "limit": limit,
         "tasks": {},
     }

@@ -168,27 +168,54 @@ def adapted_job(
     settings: Lora, init: str, model: Transformer, layout: Layout, folder: Path, seed: int
 ) -> dict[str, Any]:
     """The parts of a `Job` that trains an adapter on the frozen weights of `init`."""
-    axes, shapes = model.axes(), model.shapes()
-    base = runs.open_base(init)
+    shapes = model.shapes()
 
     def place(value: np.ndarray, names: tuple | None) -> jax.Array:
-        spec = layout.replicated()
-        if names is not None:
-            spec = NamedSharding(layout.mesh, layout.spec(names, value.shape))
-        return runs.put(value, spec)
+        return runs.put(value, _place_of(value, names, layout))
 
     def load_frozen() -> Any:
+        base = runs.open_base(init)
         if is_first():
             write_adapter(folder, Adapter(settings, init, weights_hash(shapes, base.read)))
         return adapted.load_frozen(base, settings, model, place)
 
+    return {**adapter_parts(settings, model, seed), "load_frozen": load_frozen}
+
+
+def adapter_parts(settings: Lora, model: Transformer, seed: int) -> dict[str, Any]:
+    """The parts of a `Job` that trains an adapter, without the weights that it stands on."""
+    axes, shapes = model.axes(), model.shapes()
     return {
         "init_params": lambda: init_adapter(settings, axes, shapes, jax.random.key(seed)),
         "axes": adapter_axes(settings, axes),
         "load_params": None,
-        "load_frozen": load_frozen,
         "join": functools.partial(join, settings),
     }
+
+
+def frozen_like(settings: Lora, model: Transformer, layout: Layout) -> Any:
+    """The base of an adapter as `adapted_job` would hold it, in shapes: made of zeros, a parameter
+    at a time."""
+
+    class Zeros:
+        def read(self, path: Any, layer: Any, start: int, stop: int) -> np.ndarray:
+            return np.zeros(shapes[path], np.float32)
+
+    shapes = {
+        tuple(k.key for k in p): x.shape for p, x in jax.tree.leaves_with_path(model.shapes())
+    }
+
+    def place(value: np.ndarray, names: tuple | None) -> Any:
+        where = _place_of(value, names, layout)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
+
+    return adapted.load_frozen(Zeros(), settings, model, place)
+
+
+def _place_of(value: np.ndarray, names: tuple | None, layout: Layout) -> NamedSharding:
+    if names is None:
+        return layout.replicated()
+    return NamedSharding(layout.mesh, layout.spec(names, value.shape))
 
 
 def _leaves(config: ModelConfig) -> list[tuple[Any, Any]]:

@@ -43,6 +43,8 @@ OPTIONS = {
     "eval": {
         *("--batch-size", "--batch-tokens", "--compute-dtype", "--data", "--json", "--limit"),
         *("--mesh", "--output", "--seq-len", "--source", "--tasks", "--text-field", *PROCESSES),
+        *("--conversations", "--few-shot", "--free", "--max-new-tokens", "--prompt-format"),
+        *("--quantization", "--replies", "--schema", "--scorer"),
     },
     "generate": {
         "--adapter",

@@ -1,6 +1,7 @@
 """Generation against the full forward pass, and the rules of sampling."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -222,3 +223,23 @@ def test_bad_sampling_is_refused():
     for settings in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}, {"top_p": 0.0}):
         with pytest.raises(UserError):
             Sampling(**settings)
+
+
+def test_a_step_copies_no_cache():
+    """Reads the compiled programs: of keys and values only the new token's are moved."""
+    B, C, H = 8, 64, 256
+    config = dataclasses.replace(tiny(), num_kv_heads=1, head_dim=H, sliding_window=C)
+    model = Transformer(config)
+    generator = Generator(model, model.init(jax.random.key(0)))
+    state = generator.begin([[2, 5]] * B, capacity=C, seeds=range(B), sampling=GREEDY)
+    one = np.ones((B, 1), np.int32)
+    args = generator.model, generator.params, state
+    programs = (
+        decode._feed.lower(args[0], False, *args[1:], one, one),
+        decode._draw.lower(args[0], 8, GREEDY, (1,), *args[1:], np.int32(8)),
+    )
+    whole = re.compile(rf"\[(1,)?{B},{C},(1,)?{H}\]\S* (copy|transpose)\(")
+    for program in programs:
+        text = program.compile().as_text()
+        assert f"[{B},{C},{H}]" in text
+        assert not whole.search(text)

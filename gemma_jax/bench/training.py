@@ -34,7 +34,7 @@ from gemma_jax.training.loop import Job, LoopConfig, jit_step
 from gemma_jax.training.metrics import peak_flops
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW
-from gemma_jax.training.step import init_state, state_shardings
+from gemma_jax.training.step import init_state, state_like
 
 _PROFILED = 3  # steps under the profiler
 
@@ -53,17 +53,18 @@ def train(config: BenchConfig) -> list[Row]:
                 job.init_params(), optimizer, ema=False, on_bad_step=job.config.on_bad_step
             )
 
-        shapes = jax.eval_shape(fresh)
-        shardings = state_shardings(layout, job.axes, shapes)
+        watch = job.config.on_bad_step
+        like = state_like(
+            layout, job.axes, job.init_params, optimizer, ema=False, on_bad_step=watch
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, like)
         batches = iter(stream)
         first = layout.place(next(batches), config.batch)
-        arguments = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            (shapes, first),
-            (shardings, jax.tree.map(lambda x: x.sharding, first)),
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first
         )
         cold, cached, program = compile_times(
-            lambda: jit_step(job, optimizer, shardings).lower(*arguments)
+            lambda: jit_step(job, optimizer, shardings).lower(like, batch)
         )
         state = jax.jit(fresh, out_shardings=shardings)()
         loop = _Loop(state, jit_step(job, optimizer, shardings), batches, layout, config.batch)

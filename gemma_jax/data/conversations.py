@@ -1,15 +1,16 @@
 """Conversations to learn from: JSON lines, checked line by line before anything is trained.
 
-A line is an object with `messages` (see `gemma_jax.data.chat`), or with the texts `prompt` and
-`completion`, which stand for one turn of the user and one of the model. What else it holds is kept
-for those who score replies. Labels count where they are the model's to say: the text of its turns
-and the END_OF_TURN behind each.
+A line is an object with `messages` (see `gemma_jax.data.chat`), or with `prompt` and `completion`.
+These are texts, which stand for one turn of the user and one of the model, or lists of messages, as
+TRL has them. What else it holds is kept for those who score replies. Labels count where they are
+the model's to say: the text of its turns and the END_OF_TURN behind each, in a `completion` alone
+where there is one.
 """
 
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,9 @@ from gemma_jax.data.tokens import held_out_below
 from gemma_jax.errors import UserError, require_fractions
 from gemma_jax.progress import progress
 from gemma_jax.settings import check_types
+
+_MODEL = ("assistant", "model")
+type TooLong = Literal["refuse", "cut"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class Conversations:
     sources: tuple[str, ...]
     valid: tuple[str, ...] = ()
     valid_fraction: float = 0.05
-    too_long: Literal["refuse", "cut"] = "refuse"
+    too_long: TooLong = "refuse"
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,9 +98,9 @@ def read_conversations(
       UserError: for a line that cannot be read, is no conversation, teaches nothing or does not fit
         into `seq_len` tokens; it names the file and the line.
     """
-    train = _read(data.sources, tokenizer, seq_len, data.too_long)
+    train = read_all(data.sources, tokenizer, seq_len, data.too_long)
     if data.valid:
-        return ConversationSet(train, _read(data.valid, tokenizer, seq_len, data.too_long))
+        return ConversationSet(train, read_all(data.valid, tokenizer, seq_len, data.too_long))
     keys = [_key(one.row["messages"]) for one in train]
     below = held_out_below(np.unique(np.array(keys, np.uint64)), data.valid_fraction)
     split = ConversationSet([], [])
@@ -115,9 +119,13 @@ def _key(messages: Sequence[Mapping[str, str]]) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _read(
-    sources: tuple[str, ...], tokenizer: Tokenizer, seq_len: int | None, too_long: str
+def read_all(
+    sources: tuple[str, ...],
+    tokenizer: Tokenizer,
+    seq_len: int | None = None,
+    too_long: TooLong = "refuse",
 ) -> list[Conversation]:
+    """The conversations of all sources in their order; refuses as `read_conversations` does."""
     parts = find_parts(sources)
     for part in parts:
         if part.kind != "jsonl":
@@ -145,7 +153,7 @@ def _read(
     return found
 
 
-def _shortened(one: Conversation, seq_len: int, too_long: str) -> Conversation:
+def _shortened(one: Conversation, seq_len: int, too_long: TooLong) -> Conversation:
     if too_long == "refuse":
         raise UserError(
             f"{one.place}: the conversation is {len(one.ids) - 1} tokens long and seq_len is "
@@ -155,7 +163,8 @@ def _shortened(one: Conversation, seq_len: int, too_long: str) -> Conversation:
 
 
 def _conversation(place: str, row: Any, tokenizer: Tokenizer) -> Conversation:
-    messages = list(_messages(place, row))
+    given, asked = _messages(place, row)
+    messages = list(given)
     try:
         for number, message in enumerate(messages, 1):
             text = text_of(message.get("content")) if isinstance(message, Mapping) else None
@@ -166,13 +175,16 @@ def _conversation(place: str, row: Any, tokenizer: Tokenizer) -> Conversation:
             text.encode()
             messages[number - 1] = {**message, "content": text}
         marked = mark_chat(tokenizer, messages)
+        ids, spoken = (np.array(column) for column in zip(*marked, strict=True))
+        if any(message["role"] in _MODEL for message in messages[:asked]):  # given, not learned
+            before = mark_chat(tokenizer, messages[:asked], add_generation_prompt=True)
+            spoken[: len(before)] = False
     except UnicodeEncodeError:
         raise UserError(
             f"{place} holds half a surrogate pair, which is no Unicode text; remove it."
         ) from None
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    ids, spoken = (np.array(column) for column in zip(*marked, strict=True))
     if not spoken.any():
         raise UserError(
             f"{place}: the conversation has no turn of the assistant to learn; add one, or remove "
@@ -181,17 +193,36 @@ def _conversation(place: str, row: Any, tokenizer: Tokenizer) -> Conversation:
     return Conversation(place, {**row, "messages": messages}, ids.astype(np.int32), spoken)
 
 
-def _messages(place: str, row: Any) -> Iterator[Any]:
+def _messages(place: str, row: Any) -> tuple[list[Any], int]:
+    """All messages of a line, and how many of them are the prompt; 0 where none is told apart."""
     given = sorted({"messages", "prompt", "completion"} & set(row) if isinstance(row, dict) else ())
     if given == ["messages"] and isinstance(row["messages"], list):
-        yield from row["messages"]
-        return
-    if given == ["completion", "prompt"] and all(isinstance(row[name], str) for name in given):
-        yield {"role": "user", "content": row["prompt"]}
-        yield {"role": "assistant", "content": row["completion"]}
-        return
+        return row["messages"], 0
+    if given == ["completion", "prompt"] and all(isinstance(row[x], (str, list)) for x in given):
+        prompt, completion = (
+            [{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name]
+            for name, role in (("prompt", "user"), ("completion", "assistant"))
+        )
+        _check_parts(place, prompt, completion)
+        return [*prompt, *completion], len(prompt)
     has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise UserError(
-        f"{place} must have either a list `messages`, or the texts `prompt` and `completion` (it "
-        f"has: {has})."
+        f"{place} must have either a list `messages`, or `prompt` and `completion`, texts or lists "
+        f"of messages (it has: {has})."
     )
+
+
+def _check_parts(place: str, prompt: list[Any], completion: list[Any]) -> None:
+    """The user's word ends a prompt, and the model's begins a completion."""
+    for name, part, index, roles in (
+        ("prompt", prompt, -1, ("user",)),
+        ("completion", completion, 0, _MODEL),
+    ):
+        edge = part[index] if part else None
+        role = edge.get("role") if isinstance(edge, Mapping) else None
+        if role not in roles:
+            which = "end" if index else "begin"
+            raise UserError(
+                f"{place}: the {name} must {which} with a message of the {roles[0]} (it has: "
+                f"{edge!r:.80})."
+            )

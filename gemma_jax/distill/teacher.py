@@ -26,7 +26,7 @@ from gemma_jax.files import locked
 from gemma_jax.hosts import fetch, first_alone, is_first, of_first
 from gemma_jax.progress import Advance, progress
 from gemma_jax.settings import check_types
-from gemma_jax.sharding import Layout, MeshConfig
+from gemma_jax.sharding import Layout, MeshConfig, active
 
 Example = dict[str, np.ndarray]
 HiddenFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -122,6 +122,18 @@ class Teacher:
         index = placed.pop("record_index")
         with self._layout.active():
             return self._step(self._params, placed, index)
+
+    def trace(self, seq_len: int) -> tuple[Any, dict[str, Any]]:
+        """The work on one batch of sequences as a program that is not compiled yet, and the batch
+        as shapes. `params` may be shapes too."""
+
+        def like(*shape: int) -> jax.ShapeDtypeStruct:
+            where = None if self._layout is None else self._layout.batch_sharding()
+            return jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
+
+        batch = {key: like(self.job.batch_size, seq_len) for key in _INPUTS}
+        with active(self._layout):
+            return self._step.trace(self._params, batch, like(self.job.batch_size)), batch
 
     def __call__(
         self, sequences: Sequence[Example], record_indices: Sequence[int]

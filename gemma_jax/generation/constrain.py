@@ -5,7 +5,7 @@ Where the grammar leaves no choice, nothing is drawn: its tokens are read severa
 a batch on a CPU, beside the tokens that other rows draw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -92,11 +92,12 @@ def write_bound_texts(
     on_limit: OnLimit = "close",
     batch_tokens: int = 8192,
     adapters: Sequence[int] | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[BoundCompletion]:
     """A completion of each prompt that belongs to its grammar, in their order.
 
-    A prompt's result depends on its ids, its grammar and its seed alone. Raises UserError where a
-    grammar cannot be obeyed.
+    A prompt's result depends on its ids, its grammar and its seed alone. `advance` is told of
+    completions done. Raises UserError where a grammar cannot be obeyed.
     """
     if len(grammars) != len(prompts):
         raise UserError(f"{len(grammars)} grammars for {len(prompts)} prompts; give one a prompt.")
@@ -120,6 +121,7 @@ def write_bound_texts(
         _write(generator, pieces.vocab_size, state, rows, sampling)
         for i, row in zip(batch, rows, strict=True):
             results[i] = row.completion(tokenizer, on_limit)
+        advance(len(batch))
     return [results[i] for i in range(len(prompts))]
 
 

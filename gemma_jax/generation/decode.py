@@ -18,7 +18,7 @@ from gemma_jax.generation.sampling import Sampling, penalise, sample
 from gemma_jax.model.cache import Cache, init_cache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.matrix import select_rows
-from gemma_jax.model.transformer import Transformer, unrolled
+from gemma_jax.model.transformer import Transformer, unrolled, unrolled_config
 from gemma_jax.sharding import Layout, active, current_layout, pin
 
 _MIN_BUCKET = 32
@@ -42,8 +42,9 @@ class Completion(NamedTuple):
 class State(NamedTuple):
     """Sequences under way, on the device. B rows.
 
-    `hidden` is the state after the last token that each row was fed, from which the next is drawn;
-    `length` counts those tokens. `seen` marks the tokens of each row for the repetition penalty.
+    `cache` is as programs hand it on (`_outside`). `hidden` is the state after the last token that
+    each row was fed, from which the next is drawn; `length` counts those tokens. `seen` marks the
+    tokens of each row for the repetition penalty.
     """
 
     cache: Cache
@@ -207,6 +208,34 @@ def generate(
     return [completion(*row, stop_ids) for row in zip(tokens, logprobs, strict=True)]
 
 
+def trace_advance(
+    model: Transformer, layout: Layout, *, rows: int, capacity: int, sampling: Sampling
+) -> tuple[Any, Any, State]:
+    """`Generator.advance` of sequences in caches of `capacity` tokens, as a program that is not
+    compiled yet, and the parameters and the state that it takes, as shapes that say where they
+    live: the state where the program that makes an empty one leaves it."""
+
+    def laid_out(shapes: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            shardings,
+        )
+
+    shapes = jax.eval_shape(lambda params: unrolled(model, params)[1], model.shapes())
+    model = Transformer(unrolled_config(model.config))
+    params = laid_out(shapes, layout.shardings(model.axes(), shapes))
+    slots = min(_bucket(capacity), model.config.max_seq_len)
+    penalised = sampling.repetition_penalty is not None
+    whole = layout.replicated()
+    seeds, done = (jax.ShapeDtypeStruct((rows,), t, sharding=whole) for t in (jnp.uint32, bool))
+    with layout.active():
+        empty = _empty.lower(model.config, slots, penalised, seeds, done, None)
+        state = laid_out(empty.out_info, empty.compile().output_shardings)
+        limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return _draw.trace(model, _MIN_STEPS, sampling, (), params, state, limit), params, state
+
+
 def completion(tokens: np.ndarray, logprobs: np.ndarray, stop_ids: Sequence[int]) -> Completion:
     """One row of a stream as a completion."""
     real = tokens[tokens >= 0].tolist()
@@ -253,7 +282,7 @@ def _empty(
 ) -> State:
     B = seeds.shape[0]
     return State(
-        init_cache(config, B, slots),
+        _outside(init_cache(config, B, slots)),
         jnp.zeros((B, config.embed_dim), config.compute_dtype),
         pin(jnp.zeros(B, jnp.int32)),
         pin(done),
@@ -261,6 +290,27 @@ def _empty(
         jnp.zeros((B, config.vocab_size), bool) if penalised else None,
         adapters,
     )
+
+
+def _outside(cache: Cache) -> Cache:
+    """The cache of unrolled layers as [B, C, K * H] and [B, C]: without the dimension of the one
+    period, and that of the one kv head.
+
+    XLA for CPUs may lay dimensions of one out in any order, chooses another one inside of a step
+    than at its ends, and copies all of the cache on the way in and out. Over devices, by whose axes
+    these dimensions may be split, the cache stays as it is.
+    """
+    if current_layout() is not None:
+        return cache
+    return jax.tree.map(lambda x: x.reshape(*x.shape[1:3], *((-1,) if x.ndim > 3 else ())), cache)
+
+
+def _inside(config: ModelConfig, cache: Cache) -> Cache:
+    """The same as the model takes it."""
+    if current_layout() is not None:
+        return cache
+    heads = config.num_kv_heads, config.head_dim
+    return jax.tree.map(lambda x: x.reshape(1, *x.shape[:2], *(heads if x.ndim > 2 else ())), cache)
 
 
 def _filled(values: Sequence[int], rows: int) -> list[int]:
@@ -278,7 +328,8 @@ def _feed(
     B, T = tokens.shape
     params = _chosen(params, state)
     places = state.length[:, None] + jnp.arange(T, dtype=jnp.int32)
-    hidden, cache = model.extend(params, tokens, places, valid, state.cache, fresh=fresh)
+    cache = _inside(model.config, state.cache)
+    hidden, cache = model.extend(params, tokens, places, valid, cache, fresh=fresh)
     count = valid.sum(axis=1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     seen = state.seen
@@ -286,7 +337,7 @@ def _feed(
         rows = jnp.arange(B, dtype=jnp.int32)[:, None]
         seen = seen.at[rows, tokens].max(valid > 0)
     return state._replace(
-        cache=cache,
+        cache=_outside(cache),
         hidden=jnp.where((count > 0)[:, None], last, state.hidden),
         length=pin(state.length + count),
         seen=seen,
@@ -348,12 +399,13 @@ def _draw(
         token, logprob = _next(model, sampling, params, state)
         going = ~state.done
         valid = going.astype(jnp.int32)
+        cache = _inside(model.config, state.cache)
         hidden, cache = model.extend(
-            params, token[:, None], state.length[:, None], valid[:, None], state.cache
+            params, token[:, None], state.length[:, None], valid[:, None], cache
         )
         seen = state.seen if state.seen is None else state.seen.at[rows, token].max(going)
         state = State(
-            cache,
+            _outside(cache),
             jnp.where(going[:, None], hidden[:, 0], state.hidden),
             state.length + valid,
             state.done | (token[:, None] == stops).any(-1),

@@ -265,7 +265,11 @@ def unrolled(model: Transformer, params: Params) -> tuple[Transformer, Params]:
         layers[f"block_{config.num_periods * length + i}"] = rest
     kept = {name: value for name, value in params.items() if name in ("embedder", "head")}
     params = {**kept, "final_norm": params["final_norm"], "periods": layers}
-    return Transformer(dataclasses.replace(config, attn_pattern=config.layer_letters)), params
+    return Transformer(unrolled_config(config)), params
+
+
+def unrolled_config(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, attn_pattern=config.layer_letters)
 
 
 def _positions(tokens: Array, positions: Array | None) -> Array:

@@ -33,7 +33,7 @@ from gemma_jax.training.step import (
     everything,
     init_state,
     make_step,
-    state_shardings,
+    state_like,
 )
 
 type Evaluate = Callable[[Any], dict[str, float]]
@@ -184,11 +184,10 @@ def prepare(job: Job) -> Plan:
     def begin(params: Any) -> TrainState:
         return init_state(params, optimizer, ema=ema, on_bad_step=on_bad_step)
 
-    shapes = jax.eval_shape(lambda: begin(job.init_params()))
-    shardings = state_shardings(job.layout, job.axes, shapes)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    like = state_like(
+        job.layout, job.axes, job.init_params, optimizer, ema=ema, on_bad_step=on_bad_step
     )
+    shardings = jax.tree.map(lambda x: x.sharding, like)
 
     def fresh() -> TrainState:
         if job.load_params is None:

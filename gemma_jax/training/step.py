@@ -58,6 +58,26 @@ def state_shardings(layout: Layout, axes: Any, state: TrainState) -> Any:
     return TrainState(whole, params, opt_state, None if state.ema is None else params, watch)
 
 
+def state_like(
+    layout: Layout,
+    axes: Any,
+    init_params: Callable[[], Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool,
+    on_bad_step: Stop | Skip | None = None,
+) -> TrainState:
+    """The state of a run that begins with `init_params()`, as shapes that say where they live."""
+    shapes = jax.eval_shape(
+        lambda: init_state(init_params(), optimizer, ema=ema, on_bad_step=on_bad_step)
+    )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(layout, axes, shapes),
+    )
+
+
 def everything(trained: Any, frozen: Any, rng: jax.Array | None) -> Any:
     """The `Join` of a run that trains all parameters."""
     return trained

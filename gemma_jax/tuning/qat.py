@@ -6,6 +6,7 @@ any objective and any stream of batches go with it, and what is validated is the
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -50,6 +51,18 @@ def quantized(settings: Qat, axes: Any, params: Any) -> Any:
         return jax.vmap(one)(weight) if is_stacked(path) else one(weight)
 
     return jax.tree.map_with_path(place, params)
+
+
+def rounded(settings: Qat, axes: Any, params: Any) -> Any:
+    """The parameters of a finished model rounded once and for all; those given are used up.
+
+    Raises:
+      UserError: where rows give no whole blocks.
+    """
+    check_widths(settings, axes, params)
+    place = functools.partial(quantized, settings, axes)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    return jax.jit(place, donate_argnums=0, out_shardings=shardings)(params)
 
 
 def check_widths(settings: Qat, axes: Any, shapes: Any) -> None:

@@ -8,7 +8,8 @@ from gemma_jax.errors import require_positive
 from gemma_jax.settings import check_types
 from gemma_jax.training.objective import LanguageModel, Objective, Xent
 
-type Scorer = Callable[[Mapping[str, Any], str], float | Mapping[str, float]]
+type Score = float | tuple[float, float]
+type Scorer = Callable[[Mapping[str, Any], str], Score | Mapping[str, Score]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class Sft:
     Each validation also has the model answer `replies` held-out conversations greedily, up to
     `max_new_tokens`: the share of replies that equal the last turn of the model is `exact_match`.
     `scorer(conversation, reply)` is called with a line of the file and the reply to it; a number
-    becomes the metric `score`, a dict of numbers a metric each, as means over the replies.
+    becomes the metric `score`, a dict of numbers a metric each, as means over the replies. In the
+    place of a number a pair (total, weight) may stand, as F1 needs it (`eval.replies`).
     """
 
     z_loss: float = 0.0

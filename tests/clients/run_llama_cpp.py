@@ -1,7 +1,8 @@
 """Runs jobs in llama.cpp: `python run_llama_cpp.py JOBS.json`.
 
 A job is {"model": file, "tokens": [[id, ...], ...], "out": folder}. For text i it writes
-out/logits_i.npy [T, V]; where llama.cpp refuses the model, out/error.txt. Keys and values are kept
+out/logits_i.npy [T, V], or with "losses": true out/losses_i.npy [T - 1], the nats of each token
+after the first; where llama.cpp refuses the model, out/error.txt. Keys and values are kept
 in float32, all else is its default. {"quantize": "q4_0" | "q8_0", "rows": file.npy, "out": folder}
 writes out/blocks.npy instead, the bytes of its own quantiser.
 
@@ -119,7 +120,19 @@ def run(job: dict) -> None:
         (out / "error.txt").write_text("llama.cpp does not load the model\n")
         return
     for i, ids in enumerate(job["tokens"]):
-        np.save(out / f"logits_{i}.npy", logits(lib, model, ids))
+        values = logits(lib, model, ids)
+        if job.get("losses"):
+            np.save(out / f"losses_{i}.npy", losses(values, ids))
+        else:
+            np.save(out / f"logits_{i}.npy", values)
+
+
+def losses(values: np.ndarray, ids: list[int]) -> np.ndarray:
+    rows = []
+    for row, label in zip(values[:-1], ids[1:], strict=True):
+        row = row.astype(np.float64)
+        rows.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[label])
+    return np.array(rows)
 
 
 def main() -> None:

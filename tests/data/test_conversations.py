@@ -9,7 +9,7 @@ import pytest
 from goldens.tokenizer_cases import CHATS
 
 from gemma_jax.data.chat import mark_chat
-from gemma_jax.data.conversations import Conversations, read_conversations
+from gemma_jax.data.conversations import Conversations, read_all, read_conversations
 from gemma_jax.data.loader import conversation_stream
 from gemma_jax.data.packed_conversations import PackedConversations
 from gemma_jax.data.tokenizer import END_OF_TURN, Tokenizer
@@ -72,6 +72,34 @@ def test_labels_and_masks_are_those_of_the_chat(tmp_path: Path, tokenizer: Token
     assert not batch["loss_mask"][batch["segment_ids"] == 0].any()
 
 
+def test_prompts_and_completions_may_be_lists_of_messages(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """The same ids as all messages in one; labels are those of the completion."""
+    chat = turns("a", "b", "c", "d", "e", "f")
+    system = {"role": "system", "content": "s"}
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": turns("a"), "completion": turns("a", "b")[1:], "tag": 3},
+        {"prompt": chat[:3], "completion": "d"},
+        {"prompt": [system, *chat[:3]], "completion": chat[3:]},
+    ]
+    path = lines(tmp_path / "a.jsonl", rows)
+    text, listed, later, long = read_all((path,), tokenizer)
+    np.testing.assert_array_equal(text.ids, listed.ids)
+    np.testing.assert_array_equal(text.spoken, listed.spoken)
+    assert listed.row["tag"] == 3
+    assert listed.row["messages"] == turns("a", "b")
+    for one, messages, answers in ((later, chat[:4], "d"), (long, [system, *chat], "df")):
+        ids, spoken = zip(*mark_chat(tokenizer, messages), strict=True)
+        assert one.ids.tolist() == list(ids)
+        labels = [i for i, mine in zip(one.ids.tolist(), one.spoken, strict=True) if mine]
+        said = "".join(tokenizer.decode([i]) for i in labels if i != END_OF_TURN)
+        assert said.replace(" ", "") == answers
+        assert labels.count(END_OF_TURN) == len(answers)
+        assert not (one.spoken & ~np.array(spoken)).any()
+
+
 def test_every_conversation_comes_once_an_epoch(packed: PackedConversations) -> None:
     once = Counter(tuple(ids) for ids in packed._ids)
     orders = []
@@ -127,6 +155,23 @@ def test_a_stream_goes_on_where_it_was(packed: PackedConversations) -> None:
         ({"text": "x"}, r"line 2 must have either.*it has: text"),
         ({"prompt": "x"}, r"line 2 must have either"),
         ({"prompt": "x", "completion": 3}, r"line 2 must have either"),
+        ({"prompt": [], "completion": "b"}, r"line 2: the prompt must end with .* the user .*None"),
+        (
+            {"prompt": turns("a", "b"), "completion": "c"},
+            r"line 2: the prompt must end with a message of the user .*assistant",
+        ),
+        (
+            {"prompt": "a", "completion": turns("b")},
+            r"line 2: the completion must begin with a message of the assistant .*user",
+        ),
+        (
+            {"prompt": [*turns("a"), *turns("b")], "completion": "c"},
+            r"line 2: message 2 is of the user, but the assistant speaks there",
+        ),
+        (
+            {"prompt": "a", "completion": [{"role": "assistant", "content": " "}]},
+            r"line 2: message 2 is empty",
+        ),
         ({"messages": []}, r"line 2: the conversation has no user message"),
         ({"messages": turns("a")}, r"line 2: the conversation has no turn of the assistant"),
         ({"messages": turns("a", "b")[::-1]}, r"line 2: message 1 is of the assistant"),

@@ -259,9 +259,12 @@ def test_the_command(folder, tmp_path, capsys):
     [
         (["--tasks", "hellaswg"], "no task 'hellaswg'.*hellaswag, boolq, piqa"),
         (["--tasks", ","], "give at least one task"),
-        (["--source", "x", "--output", "y"], "are for tasks; give --tasks too"),
+        (
+            ["--source", "x", "--output", "y"],
+            "--output is for tasks and conversations; give --tasks too",
+        ),
         (["--tasks", "no/such.jsonl"], "no/such.jsonl does not exist"),
-        (["--tasks", "piqa", "--source", "x"], "either tasks .* or text"),
+        (["--tasks", "piqa", "--source", "x"], "one of text .*, tasks .* and --conversations"),
     ],
 )
 def test_bad_commands_are_refused(folder, options, message, capsys):

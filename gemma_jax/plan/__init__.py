@@ -1,0 +1,1 @@
+"""What a step would need and take on hardware that is not here: compiled for it, never run."""
