@@ -216,4 +216,4 @@ def test_where_a_step_goes_wrong_is_told(sandbox: Path) -> None:
     assert process.returncode == 0, process.stderr
     told = process.stdout[process.stdout.index("first that is not finite") :].split()
     assert "parameter none" in " ".join(told)
-    assert re.search(r"activation (layer \d|final norm)", " ".join(told)), told
+    assert re.search(r"activation (embedding|layer \d|final norm)", " ".join(told)), told
