@@ -126,6 +126,12 @@ def parser() -> argparse.ArgumentParser:
     one = verb("train", "Train an experiment.")
     one.add_argument("file", help="experiment file")
     one.add_argument("--point", help="a point of its SWEEP, instead of BASE")
+    one.add_argument(
+        "--replay",
+        type=_positive,
+        metavar="STEP",
+        help="run this step of the run once more, from the state before it, and tell of it",
+    )
     _settings_options(one)
     _device_options(one, mesh_too=False)
 

@@ -17,17 +17,19 @@ from gemma_jax.arguments import parse, seed
 from gemma_jax.errors import (
     INTERRUPTED_CODE,
     PREEMPTED_CODE,
+    STOPPED,
     Interrupted,
     Preempted,
+    Terminated,
     UserError,
 )
 from gemma_jax.files import disk_errors
 from gemma_jax.process import (
-    STOPPED,
     import_uninterrupted,
     join_processes,
     quiet_libraries,
     quiet_threads,
+    stop_by_exception,
     use_compilation_cache,
 )
 
@@ -55,23 +57,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet_threads()
     use_compilation_cache()
     try:
-        if _joins(arguments):
-            join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
-        with disk_errors(_writes(arguments), full_only=True):
-            import_uninterrupted(_NEEDS.get(arguments.verb, "gemma_jax.experiment"))
-            _VERBS[arguments.verb](arguments)
-            sys.stdout.flush()
+        with stop_by_exception():
+            _run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(PREEMPTED_CODE if isinstance(stop, Preempted) else INTERRUPTED_CODE)
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        sys.exit(INTERRUPTED_CODE)
+    except KeyboardInterrupt as stop:
+        print(f"\n{STOPPED}", file=sys.stderr)
+        sys.exit(PREEMPTED_CODE if isinstance(stop, Terminated) else INTERRUPTED_CODE)
     except BrokenPipeError:  # the reader of our output has gone: nothing left to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if _joins(arguments):
+        join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    try:
+        with disk_errors(_writes(arguments), full_only=True):
+            import_uninterrupted(_NEEDS.get(arguments.verb, "gemma_jax.experiment"))
+            _VERBS[arguments.verb](arguments)
+            sys.stdout.flush()
+    except Exception as error:
+        # A process that is stopped breaks off what others do together with it.
+        stops = sys.modules.get("gemma_jax.stops")
+        if stops is None or not stops.noticed() or isinstance(error, (UserError, Interrupted)):
+            raise
+        raise stops.stopped(stops.noticed()) from error
 
 
 def _joins(arguments: argparse.Namespace) -> bool:
@@ -128,6 +142,12 @@ def _train(arguments: argparse.Namespace) -> None:
     from gemma_jax.experiment import run
 
     experiment = _load_point(arguments)
+    if arguments.replay is not None:
+        from gemma_jax.replay import replay
+
+        seen = replay(experiment, arguments.replay)
+        report.emit(arguments, seen, report.replay(seen))
+        return
     result = run(experiment)
     report.emit(arguments, result, report.run(result, experiment.folder))
 

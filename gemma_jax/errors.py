@@ -5,6 +5,7 @@ exception is a bug of ours and keeps its traceback.
 """
 
 import math
+import signal
 from typing import Any
 
 
@@ -43,5 +44,15 @@ class Preempted(Interrupted):
     """It was SIGTERM, as machines say that they are about to be taken away."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where nothing waits for it: like Ctrl-C, nobody who handles errors means this."""
+
+
 INTERRUPTED_CODE = 130  # as shells say it: the user has stopped it, so nobody starts it again
 PREEMPTED_CODE = 75  # EX_TEMPFAIL: the same command, started again, goes on
+STOPPED = "stopped; the same command goes on from the last thing saved."
+
+
+def exit_code(number: int) -> int:
+    """Of a process that the signal of this number has stopped."""
+    return PREEMPTED_CODE if number == signal.SIGTERM else INTERRUPTED_CODE

@@ -5,7 +5,7 @@ that they name are built on first use, and found again afterwards.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from gemma_jax.data.packing import valid_sequences
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.data.tokens import Corpus, TokenSet
 from gemma_jax.distill.objective import Distill
-from gemma_jax.distill.shards import TeacherShards, shard_stream
+from gemma_jax.distill.shards import TeacherShards, shard_order, shard_stream
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.errors import UserError
 from gemma_jax.eval.perplexity import make_evaluation
@@ -88,7 +88,12 @@ def build(experiment: Experiment) -> Job:
     if is_first():
         runs.describe_model(experiment.folder, experiment.model, source.tokenizer)
     return dataclasses.replace(
-        job, batches=source.batches, num_steps=source.num_steps, evaluate=source.evaluate
+        job,
+        batches=source.batches,
+        num_steps=source.num_steps,
+        evaluate=source.evaluate,
+        is_same=lambda saved: not runs.conflicts(experiment, saved),
+        shard_records=source.records,
     )
 
 
@@ -99,6 +104,7 @@ class _Source(NamedTuple):
     batches: grain.IterDataset
     num_steps: int
     evaluate: Evaluate
+    records: Callable[[int], list[int]] | None = None  # of a batch, where they come from shards
 
 
 def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
@@ -116,7 +122,13 @@ def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Sourc
         layout,
         batch_size=experiment.batch_size,
     )
-    return _Source(tokenizer, _batches(experiment, sources, tokenizer, rows), num_steps, evaluate)
+    if isinstance(experiment.objective, Distill):
+        shards = prepare_shards(experiment.objective.shards, tokenizer)
+        size, seed = experiment.batch_size, experiment.seed
+        batches = shard_stream(shards, batch_size=size, seed=seed, rows=rows)
+        order = shard_order(shards, batch_size=size, seed=seed)
+        return _Source(tokenizer, batches, num_steps, evaluate, lambda batch: order[batch].tolist())
+    return _Source(tokenizer, _batches(experiment, sources, rows), num_steps, evaluate)
 
 
 def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
@@ -227,16 +239,9 @@ def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
 
 
 def _batches(
-    experiment: Experiment,
-    sources: dict[str, TokenSet],
-    tokenizer: Tokenizer,
-    rows: Sequence[int],
+    experiment: Experiment, sources: dict[str, TokenSet], rows: Sequence[int]
 ) -> grain.IterDataset:
-    """The stream of this process's rows of each batch."""
-    size, seed = experiment.batch_size, experiment.seed
-    if isinstance(experiment.objective, Distill):
-        shards = prepare_shards(experiment.objective.shards, tokenizer)
-        return shard_stream(shards, batch_size=size, seed=seed, rows=rows)
+    """The stream of this process's rows of each batch of text."""
     data, num_steps = experiment.data, experiment.num_steps
     assert num_steps is not None
     whole = (Stage(until=1.0, weights={"data": 1.0}),)
@@ -245,8 +250,8 @@ def _batches(
         sources,
         stages,
         seq_len=experiment.seq_len,
-        batch_size=size,
+        batch_size=experiment.batch_size,
         num_batches=num_steps,
-        seed=seed,
+        seed=experiment.seed,
         rows=rows,
     )

@@ -18,6 +18,7 @@ from gemma_jax.errors import UserError, require_positive
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.settings import check_types
 from gemma_jax.sharding import MeshConfig
+from gemma_jax.training.bad_steps import Skip, Stop
 from gemma_jax.training.loop import LoopConfig
 from gemma_jax.training.objective import Xent
 from gemma_jax.training.optim import AdamW, Cosine, Muon, WarmupStableDecay
@@ -139,6 +140,6 @@ SETTINGS = {
     for cls in (
         *(AdamW, Conversations, Corpus, Cosine, Distill, Experiment, LoopConfig, Lora, MeshConfig),
         *(Mixture, ModelConfig, Muon, Qat, QLora, Sft, Stage, TeacherRun, TokenizerConfig),
-        *(WarmupStableDecay, Xent),
+        *(Skip, Stop, WarmupStableDecay, Xent),
     )
 }

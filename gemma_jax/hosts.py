@@ -12,10 +12,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from gemma_jax.errors import UserError
+from gemma_jax.errors import Interrupted, Preempted, Terminated, UserError
 
-_WAIT_MS = 7 * 24 * 3600 * 1000  # a corpus may take days; a process that dies ends the wait
-_OK = "ok"
+_LOOK_MS = 1000
+_OK, _STOPPED, _TERMINATED = "ok", "stopped", "terminated"
 _turns = itertools.count()
 
 
@@ -40,7 +40,11 @@ def first_alone[T](work: Callable[[], T]) -> T:
     client = multihost.get_jax_distributed_client()
     key = f"gemma_jax/first_alone/{next(_turns)}"
     if not is_first():
-        told = client.blocking_key_value_get(key, _WAIT_MS)
+        told = _wait_for(client, key)
+        if told == _STOPPED:
+            raise KeyboardInterrupt
+        if told == _TERMINATED:
+            raise Terminated
         if told != _OK:
             raise UserError(told)
         return work()
@@ -51,14 +55,35 @@ def first_alone[T](work: Callable[[], T]) -> T:
     except UserError as error:
         told = str(error)
         raise
+    except (Interrupted, KeyboardInterrupt) as stop:
+        told = _TERMINATED if isinstance(stop, (Preempted, Terminated)) else _STOPPED
+        raise
     finally:
         client.key_value_set(key, told)
     return result
 
 
+def _wait_for(client: Any, key: str) -> str:
+    """A value of JAX's key-value store, as soon as it is there. Between two looks the main thread
+    hears of signals."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, _LOOK_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
 def of_first(values: np.ndarray) -> np.ndarray:
     """What the first process has in `values`, an array of the same shape in each."""
     return values if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(values)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any process; all must call it together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def fetch(tree: Any) -> Any:

@@ -1,6 +1,7 @@
 """The process behind a command: what its libraries may print, where it caches compiled programs,
 and how it stops."""
 
+import contextlib
 import importlib
 import logging
 import os
@@ -8,13 +9,12 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from gemma_jax.errors import UserError
+from gemma_jax.errors import STOPPED, Terminated, UserError, exit_code
 from gemma_jax.files import compilation_cache
 from gemma_jax.progress import silence
-
-STOPPED = "\nstopped; the same command goes on from the last thing saved."
 
 
 def quiet_threads() -> None:
@@ -45,21 +45,49 @@ def _of_disk(error: BaseException | None) -> bool:
     return isinstance(error, OSError) or "os_error_code=" in str(error)
 
 
+@contextlib.contextmanager
+def stop_by_exception() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt and `Terminated`; of several processes, in all."""
+
+    def stop(number: int, frame: Any) -> None:
+        if (stops := _stops()) is not None:
+            stops.tell(number)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    with _handlers(stop):
+        yield
+
+
 def import_uninterrupted(module: str) -> None:
     """Imports what a verb needs. Ctrl-C inside of a C++ extension's import would abort the process
     with a core dump; nothing is begun yet, so the process ends at once instead."""
-    if threading.current_thread() is not threading.main_thread():
-        return
 
-    def stop(*_: Any) -> None:
-        os.write(2, f"{STOPPED}\n".encode())
-        os._exit(130)
+    def stop(number: int, frame: Any) -> None:
+        os.write(2, f"\n{STOPPED}\n".encode())
+        if (stops := _stops()) is not None:
+            stops.part(number)
+        os._exit(exit_code(number))
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
+    with _handlers(stop):
         importlib.import_module(module)
+
+
+def _stops() -> Any:
+    """The module, where jax is there and processes may have been joined."""
+    return sys.modules.get("gemma_jax.stops")
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def use_compilation_cache() -> None:
@@ -80,8 +108,11 @@ def join_processes(
     """
     import jax
 
+    from gemma_jax import stops
+
     given = {"JAX_NUM_PROCESSES": num_processes, "JAX_PROCESS_ID": process_id}
     count, own = (_whole(name, value) for name, value in given.items())
+    jax.config.update("jax_enable_preemption_service", False)  # see `stops`
     try:
         jax.distributed.initialize(coordinator, count, own, _own_gpus())
     except (ValueError, RuntimeError) as error:
@@ -90,6 +121,7 @@ def join_processes(
             f"the processes did not find each other ({cause}); give each --coordinator HOST:PORT, "
             "--num-processes and its own --process-id, or start one process alone."
         ) from error
+    stops.listen()
     # Libraries in C++ tell of their connections on stdout, which holds results alone.
     results = os.dup(1)
     os.dup2(2, 1)
@@ -123,7 +155,7 @@ def quiet_libraries() -> None:
     """Keeps what libraries tell their own developers off stderr; their errors stay."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for name in ("absl", "asyncio", "huggingface_hub", "jax", "orbax"):
+    for name in ("absl", "asyncio", "gcsfs", "huggingface_hub", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "asyncio" else logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

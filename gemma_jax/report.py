@@ -104,6 +104,26 @@ def run(result: Mapping[str, Any], folder: str | Path) -> str:
     )
 
 
+def replay(seen: Mapping[str, Any]) -> str:
+    """A step that was run once more; gradients by part of the model."""
+    parts: dict[str, float] = {}
+    for path, norm in seen["gradient_norms"].items():
+        part = "/".join(path.split("/")[:2])
+        parts[part] = math.hypot(parts.get(part, 0.0), norm)
+    lines = [
+        f"step {seen['step']} of {seen['name']}, from the state of step {seen['from_step']}",
+        f"loss {seen['loss']:.6g}   gradient norm {seen['grad_norm']:.6g}",
+    ]
+    for name in ("sequences", "records"):
+        if name in seen:
+            lines.append(f"{name} {', '.join(map(str, seen[name]))}")
+    width = max(map(len, parts))
+    lines += ["", "gradient norm of", *(f"  {part:{width}}  {x:.6g}" for part, x in parts.items())]
+    lines += ["", "first that is not finite"]
+    lines += [f"  {kind:{width}}  {name or 'none'}" for kind, name in seen["not_finite"].items()]
+    return "\n".join(lines)
+
+
 def cut_off(model: Mapping[str, Any]) -> str:
     """A line for a pattern that is longer than the model, in which letters go unused."""
     pattern, layers = model["attn_pattern"], model["num_layers"]

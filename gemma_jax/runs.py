@@ -6,7 +6,10 @@ adapter.json      of an adapter: its settings and its base; the checkpoints then
 conversations.json  of a tuning run: how many conversations it learns from, and their hash
 tokenizer.model   the SentencePiece model of its data
 metrics.jsonl     a line a record; tensorboard/ holds the same
-checkpoints/N/    params, ema where kept, progress, data
+bad_steps.jsonl   a line for each step that was stopped at or left out, if there is any
+checkpoints/N/    params, ema where kept, progress, data, watch, check
+set_aside/N/      checkpoints that were damaged or of another run
+checkpoints.json  where the checkpoints are, if not here
 result.json       written last: its presence says that the run is finished
 """
 
@@ -39,8 +42,9 @@ from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import checked_fields, differences, override, to_json
 from gemma_jax.sharding import Layout
+from gemma_jax.training.checkpoint import ELSEWHERE, checkpoint_steps, load_params
 from gemma_jax.training.checkpoint import FOLDER as CHECKPOINTS
-from gemma_jax.training.checkpoint import checkpoint_steps, load_params
+from gemma_jax.training.lookout import FILE as BAD_STEPS
 from gemma_jax.training.metrics import FILE as METRICS
 from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.weights import SavedWeights
@@ -110,7 +114,8 @@ def _let_go(folder: Path) -> None:
     if not (folder / MANIFEST_FILE).exists():  # then it is the tokenizer of a token set
         (folder / TOKENIZER).unlink(missing_ok=True)
     if not read_metrics(folder):
-        (folder / METRICS).unlink(missing_ok=True)
+        for name in (METRICS, BAD_STEPS, ELSEWHERE):
+            (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
 

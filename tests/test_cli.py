@@ -31,7 +31,7 @@ OPTIONS = {
         *("--vocab-size", "--workers"),
     },
     "tokenizer train": {"--json", "--source", "--text-field", "--vocab-size"},
-    "train": {"--arg", "--json", "--point", "--set", *PROCESSES},
+    "train": {"--arg", "--json", "--point", "--replay", "--set", *PROCESSES},
     "teacher": {
         *("--batch-size", "--draws", "--json", "--method", "--num-sequences", "--seed"),
         *("--mesh", "--seq-len", *PROCESSES),

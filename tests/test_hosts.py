@@ -1,23 +1,19 @@
 """Several processes as one: the same curve, each with its own share of the data."""
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from command_line import command, ended, environment, write_inputs
+from command_line import command, ended, write_inputs
 from example_files import CHOICES
+from together import end_together, run_together
 
 from gemma_jax.distill.shards import TeacherShards
 from gemma_jax.errors import UserError
 from gemma_jax.process import join_processes
 
-SCRIPT = Path(__file__).with_name("one_of_several.py")
-DEVICES = 8
 ROWS, STEPS = 8, 4
 
 STUDENT = """
@@ -43,42 +39,6 @@ BASE = dataclasses.replace(
     TEACHER, name="student", seed=1, objective=Distill(shards=shards), mesh=MESH
 )
 """
-
-
-def start_together(folder: Path, argv: list[str], count: int) -> list[tuple[int, str, str]]:
-    """Runs a command in `count` processes with eight devices in all: their exit codes, stdout and
-    stderr. Of several commands with `then` between them, the first gets what makes them one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    end = argv.index("then") if "then" in argv else len(argv)
-    started = []
-    for number in range(count):
-        one = f"--coordinator 127.0.0.1:{port} --num-processes {count} --process-id {number}"
-        own = [*argv[:end], *(one.split() if count > 1 else []), *argv[end:]]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(folder / f"read{number}.json"), *own],
-                env=environment() | {"JAX_NUM_CPU_DEVICES": str(DEVICES // count)},
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=400) for process in started]
-    return [(one.returncode, *text) for one, text in zip(started, outputs, strict=True)]
-
-
-def run_together(folder: Path, argv: list[str], count: int) -> tuple[list[dict], str]:
-    """The same for commands that succeed: the notes of each process, and the results."""
-    done = start_together(folder, argv, count)
-    for code, _, err in done:
-        assert code == 0, err
-    assert done[0][1]
-    assert not any(out for _, out, _ in done[1:])  # results are printed once
-    notes = [json.loads((folder / f"read{number}.json").read_text()) for number in range(count)]
-    return notes, done[0][1]
 
 
 def losses(folder: Path, name: str) -> dict[str, list[float]]:
@@ -162,7 +122,7 @@ def test_finished_models_are_used_by_two_processes(alone):
 def test_what_is_refused_to_the_first_is_refused_to_all(tmp_path):
     """The experiment's data are not there: one sentence each, and none waits for another."""
     write_inputs(tmp_path)
-    done = start_together(tmp_path, ["train", "exp.py"], 2)
+    done = end_together(tmp_path, ["train", "exp.py"], 2)
     assert [code for code, _, _ in done] == [2, 2]
     sentences = {line for _, _, err in done for line in err.splitlines() if "error:" in line}
     assert len(sentences) == 1

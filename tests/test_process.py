@@ -47,26 +47,38 @@ def test_help_needs_no_jax(argv: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("line", "words", "pattern"),
     [
-        ("generate runs/tiny --prompt a", "give another one of the run", "params/**/d/*"),
-        ("generate runs/tiny --prompt a", "give another one of the run", "params/ocdbt*/d/*"),
-        ("train exp.py", "delete that folder to go on", "params/ocdbt*/d/*"),
-        ("train exp.py", "delete that folder to go on", "progress/ocdbt*/d/*"),
+        ("generate runs/tiny --prompt a", "give another one of the run", "4/params/**/d/*"),
+        ("generate runs/tiny --prompt a", "give another one of the run", "4/params/ocdbt*/d/*"),
+        ("train exp.py", "delete that folder to go on", "*/params/ocdbt*/d/*"),
+        ("train exp.py", "delete that folder to go on", "*/progress/ocdbt*/d/*"),
     ],
 )
 def test_damaged_weights(sandbox: Path, line: str, words: str, pattern: str) -> None:
-    """Every file of the arrays cut, or the largest alone: each is told in another way."""
-    files = sorted(
-        sandbox.glob(f"runs/tiny/checkpoints/4/{pattern}"), key=lambda p: p.stat().st_size
-    )
-    for path in files if "**" in pattern else files[-1:]:
-        path.write_bytes(cut(path.read_bytes()))
+    """Every file of the arrays cut, or large ones alone: each is told in another way."""
+    for path in sandbox.glob(f"runs/tiny/checkpoints/{pattern}"):
+        if "**" in pattern or path.stat().st_size > 2000:
+            path.write_bytes(cut(path.read_bytes()))
     Path("runs/tiny/result.json").unlink()  # so that `train` goes on
     process = ended(command(*line.split()))
     assert process.returncode == 2
     assert process.stdout == ""
     assert len(process.stderr.splitlines()) == 1
-    assert "is damaged; copy it again" in process.stderr
+    assert re.search(r"checkpoints/4 is damaged( \(.*\))?; copy it again", process.stderr)
     assert words in process.stderr
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before(sandbox: Path) -> None:
+    for path in sandbox.glob("runs/tiny/checkpoints/4/params/ocdbt*/d/*"):
+        path.write_bytes(cut(path.read_bytes()))
+    result = json.loads(Path("runs/tiny/result.json").read_text())
+    Path("runs/tiny/result.json").unlink()
+    process = ended(command("train", "exp.py", "--json"))
+    assert process.returncode == 0, process.stderr
+    assert untimed(json.loads(process.stdout)) == untimed(result)
+    left, on = process.stderr.splitlines()[:2]
+    assert left.startswith("the checkpoint runs/tiny/checkpoints/4 is damaged (")
+    assert "moved to runs/tiny/set_aside/4, and the run goes on from step 2" in left
+    assert on == "tiny: going on from step 2"
 
 
 @pytest.mark.slow
@@ -169,3 +181,39 @@ def untimed(values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: untimed(x) if isinstance(x, dict) else x for key, x in values.items() if key not in own
     }
+
+
+def test_a_step_is_run_once_more(sandbox: Path) -> None:
+    """Its numbers are those of the run, from the checkpoint before it as from the beginning."""
+    run = "train exp.py --json --set train.log_every=1 --arg name=watched"
+    assert ended(command(*run.split())).returncode == 0
+    files = {p: p.read_bytes() for p in Path("runs/watched").rglob("*") if p.is_file()}
+    for step, begin in ((2, 0), (4, 2)):
+        process = ended(command(*f"{run} --replay {step}".split()))
+        assert process.returncode == 0, process.stderr
+        seen, line = json.loads(process.stdout), metrics("watched")[step - 1]
+        assert seen["from_step"] == begin
+        assert [seen["loss"], seen["grad_norm"]] == [line["loss"], line["grad_norm"]]
+        assert seen["sequences"] == list(range(8 * step - 8, 8 * step))
+        assert sum(x * x for x in seen["gradient_norms"].values()) == pytest.approx(
+            line["grad_norm"] ** 2, rel=1e-4
+        )
+        assert seen["not_finite"] == {"parameter": None, "activation": None, "gradient": None}
+    assert {p for p, content in files.items() if p.read_bytes() != content} <= {
+        Path("runs/watched/experiment.json")  # the seconds that were spent
+    }
+    process = ended(command(*f"{run} --replay 5".split()))
+    assert process.stderr == "error: --replay 5 is outside of the run's steps, 1 to 4.\n"
+
+
+def test_where_a_step_goes_wrong_is_told(sandbox: Path) -> None:
+    """A learning rate that ruins the weights in one step: the next one finds them so."""
+    line = "train exp.py --set optimizer.learning_rate=1e38 --set optimizer.clip_norm=None"
+    line += " --set train.log_every=1 --arg name=ruined"
+    process = ended(command(*line.split()))
+    assert process.returncode == 2
+    process = ended(command(*f"{line} --replay 2".split()))
+    assert process.returncode == 0, process.stderr
+    told = process.stdout[process.stdout.index("first that is not finite") :].split()
+    assert "parameter none" in " ".join(told)
+    assert re.search(r"activation (embedding|layer \d|final norm)", " ".join(told)), told

@@ -49,9 +49,14 @@ def train(config: BenchConfig) -> list[Row]:
         optimizer = job.optimizer.build(job.axes, job.num_steps)
 
         def fresh() -> Any:
-            return init_state(job.init_params(), optimizer, ema=False)
+            return init_state(
+                job.init_params(), optimizer, ema=False, on_bad_step=job.config.on_bad_step
+            )
 
-        like = state_like(layout, job.axes, job.init_params, optimizer, ema=False)
+        watch = job.config.on_bad_step
+        like = state_like(
+            layout, job.axes, job.init_params, optimizer, ema=False, on_bad_step=watch
+        )
         shardings = jax.tree.map(lambda x: x.sharding, like)
         batches = iter(stream)
         first = layout.place(next(batches), config.batch)

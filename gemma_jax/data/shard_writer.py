@@ -112,19 +112,15 @@ def _write_group(
             shards[split].add(ids, size)
         advance(sum(size for _, size, _ in batch))
 
-    try:
-        for batch in _batches(documents):
-            # The tokenizer works outside of Python's lock: read and write meanwhile.
-            future = ahead.submit(tokenizer.encode_batch, [text for text, _, _ in batch], threads)
-            if waiting is not None:
-                write(waiting[0], waiting[1].result())
-            waiting = (batch, future)
+    for batch in _batches(documents):
+        # The tokenizer works outside of Python's lock: read and write meanwhile.
+        future = ahead.submit(tokenizer.encode_batch, [text for text, _, _ in batch], threads)
         if waiting is not None:
             write(waiting[0], waiting[1].result())
-        note = {split: shard.finish() for split, shard in shards.items()}
-    finally:
-        for shard in shards.values():
-            shard.close()
+        waiting = (batch, future)
+    if waiting is not None:
+        write(waiting[0], waiting[1].result())
+    note = {split: shard.finish() for split, shard in shards.items()}
     files.write_json(folder / f"group-{number:05d}.json", note)
     return note
 
@@ -159,10 +155,6 @@ class _Shard:
         self._writer.write(np.array([BOS, *ids, EOS], self._dtype).tobytes())
         self._lengths.append(len(ids) + 2)
         self._bytes += size
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
     def finish(self) -> dict[str, Any]:
         counts = {

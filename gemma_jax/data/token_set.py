@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from gemma_jax import files
+from gemma_jax import buckets, files
 from gemma_jax.data.tokenizer import MODEL_FILE, Tokenizer
 from gemma_jax.errors import UserError
 
@@ -41,7 +41,7 @@ class Documents(Sequence[np.ndarray]):
         for shard in shards:
             _check_size(folder / shard["file"], shard["size"])
             _check_size(folder / shard["lengths_file"], 4 * shard["documents"])
-        parts = [np.fromfile(folder / s["lengths_file"], "<u4") for s in shards]
+        parts = [np.frombuffer(files.read_bytes(folder / s["lengths_file"]), "<u4") for s in shards]
         self.lengths = np.concatenate(parts or [np.zeros(0, "<u4")]).astype(np.int64)
         self._first = np.cumsum([0] + [s["documents"] for s in shards])
         self._open_readers()
@@ -85,14 +85,25 @@ class Documents(Sequence[np.ndarray]):
 
     def _read_shard(self, shard: int, positions: list[int]) -> list[bytes]:
         path = self._folder / self._shards[shard]["file"]
-        try:
+
+        def read() -> list[bytes]:
             with self._lock:
                 if self._readers[shard] is None:
                     # Random access: no read-ahead, small buffers.
                     self._readers[shard] = array_record_module.ArrayRecordReader(
-                        str(path), "readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+                        str(buckets.local(path)),
+                        "readahead_buffer_size:0",
+                        file_reader_buffer_size=1 << 15,
                     )
             return self._readers[shard].read(positions)
+
+        def reopen() -> None:
+            self._readers[shard] = None
+
+        try:
+            return files.patiently(read, path, doing="read", before_again=reopen)
+        except UserError:
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
             raise _damaged(path, str(error).splitlines()[0][:120]) from error
 
@@ -115,10 +126,11 @@ class TokenSet:
         Raises:
           UserError: if there is none, or a file of it is missing, cut short or of a later format.
         """
-        path = Path(path)
+        path = buckets.place(path)
         if not (path / MANIFEST_FILE).exists():
+            manifest_file = buckets.absolute(path / MANIFEST_FILE)
             raise UserError(
-                f"{path} holds no finished token set ({(path / MANIFEST_FILE).absolute()} is not "
+                f"{path} holds no finished token set ({manifest_file} is not "
                 "there); build it with `gemma-jax data build`."
             )
         manifest = files.read_json(path / MANIFEST_FILE, "the manifest of a token set")
@@ -181,8 +193,8 @@ class TokenSet:
 def _check_size(path: Path, size: int) -> None:
     if not path.exists():
         raise _damaged(path, "it is missing")
-    if path.stat().st_size != size:
-        raise _damaged(path, f"it has {path.stat().st_size} bytes in place of {size}")
+    if (found := buckets.size(path)) != size:
+        raise _damaged(path, f"it has {found} bytes in place of {size}")
 
 
 def _damaged(path: Path, what: str) -> UserError:

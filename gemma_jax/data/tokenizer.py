@@ -20,7 +20,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from gemma_jax import files
+from gemma_jax import buckets, files
 from gemma_jax.errors import UserError, require_fractions, require_positive
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
@@ -117,7 +117,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a model file, or the `tokenizer.model` of a token set's folder."""
-        path = Path(path)
+        path = buckets.place(path) if isinstance(path, str) else path
         if path.is_dir():
             path = path / MODEL_FILE
         try:

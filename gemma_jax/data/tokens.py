@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax import files
+from gemma_jax import buckets, files
 from gemma_jax.data import shard_writer
 from gemma_jax.data.corpora import Part, find_parts, read_parts
 from gemma_jax.data.token_set import (
@@ -83,7 +83,7 @@ def build_tokens(corpus: Corpus, workers: int | None = None) -> TokenSet:
     Raises:
       UserError: for bad input, and where the folder was built from something else.
     """
-    folder = Path(corpus.path)
+    folder = buckets.place(corpus.path)
     if (folder / MANIFEST_FILE).exists():
         return _reopen(corpus, folder)
     parts = find_parts(corpus.sources)

@@ -56,13 +56,10 @@ class ShardsWriter:
         file = self.path / self._names[shard]
         writer = RecordWriter(file, "group_size:1")
         written = 0
-        try:
-            for content in records:
-                self._totals.add(decode_record(content))
-                writer.write(content)
-                written += 1
-        finally:
-            writer.close()
+        for content in records:
+            self._totals.add(decode_record(content))
+            writer.write(content)
+            written += 1
         if written != len(self.description.shard_range(shard)):
             raise ValueError(f"{file} was given {written} records")
         writer.finish()

@@ -18,10 +18,11 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from gemma_jax.buckets import local, place, size
 from gemma_jax.data.loader import checked_rows
 from gemma_jax.distill.records import Record, RecordError, decode_record
 from gemma_jax.errors import UserError
-from gemma_jax.files import read_json
+from gemma_jax.files import patiently, read_json
 
 FORMAT = "gemma_jax teacher shards"
 VERSION = 1
@@ -100,8 +101,17 @@ class ShardFile:
         self._lock = threading.Lock()
 
     def record(self, place: int) -> Record:
+        def read() -> bytes:
+            return self._open().read([place])[0]
+
+        def reopen() -> None:
+            self._reader = None
+
         try:
-            return decode_record(self._open().read([place])[0])
+            content = patiently(read, self.file, doing="read", before_again=reopen)
+            return decode_record(content)
+        except UserError:
+            raise
         except (RuntimeError, IndexError, RecordError) as error:
             raise self.damaged(place, error) from None
 
@@ -111,7 +121,7 @@ class ShardFile:
     def _open(self) -> Any:
         with self._lock:
             if self._reader is None:
-                reader = ArrayRecordReader(str(self.file), "readahead_buffer_size:0")
+                reader = ArrayRecordReader(str(local(self.file)), "readahead_buffer_size:0")
                 if reader.num_records() != self.num_records:
                     raise RuntimeError(
                         f"the file holds {reader.num_records()} of {self.num_records} records"
@@ -150,16 +160,16 @@ class TeacherShards:
     @classmethod
     def open(cls, path: str | Path) -> "TeacherShards":
         """Opens the folder `path`; refuses an unfinished one, a missing or a truncated shard."""
-        path = Path(path)
+        path = place(path)
         if not (path / MANIFEST).exists() and (path / JOB).exists():
             raise UserError(f"{path} is not finished; run the teacher again to write the rest.")
         manifest = _read_manifest(path)
         damaged = []
         for shard in manifest["shards"]:
             file = path / shard["name"]
-            size = file.stat().st_size if file.exists() else 0
-            if size != shard["bytes"]:
-                what = f"{file} holds {size} bytes where the manifest says {shard['bytes']}"
+            found = size(file) if file.exists() else 0
+            if found != shard["bytes"]:
+                what = f"{file} holds {found} bytes where the manifest says {shard['bytes']}"
                 damaged.append(DamagedShardError(file, what))
         refuse_damaged(damaged)
         return cls(path, manifest)
@@ -239,6 +249,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def shard_order(shards: TeacherShards, *, batch_size: int, seed: int) -> grain.MapDataset:
+    """The numbers of the records of each batch."""
+    return grain.MapDataset.range(len(shards)).seed(seed).shuffle().repeat().batch(batch_size)
+
+
 def shard_stream(
     shards: TeacherShards,
     *,
@@ -258,11 +273,7 @@ def shard_stream(
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
     return (
-        grain.MapDataset.range(len(shards))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size)
+        shard_order(shards, batch_size=batch_size, seed=seed)
         .map(load)
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     )

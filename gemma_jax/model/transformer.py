@@ -8,6 +8,7 @@ position alone (`Transformer.logits`).
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -182,6 +183,27 @@ class Transformer:
         place = Place(_positions(tokens, positions), segment_ids)
         hidden, _ = Decoder(self.config).apply({"params": params}, tokens, place, None)
         return hidden
+
+    def layers(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+    ) -> Iterator[tuple[str, Float[Array, "B T D"]]]:
+        """What `hidden` computes on its way, by name: to look for where something goes wrong."""
+        model, params = unrolled(self, params)
+        c, place = model.config, Place(positions, segment_ids)
+        dtype = jnp.dtype(c.compute_dtype)
+        x = lookup(params["embedder"]["embedding"], tokens, dtype)
+        x = x * jnp.asarray(c.embed_dim**0.5, dtype)
+        yield "embedding", x
+        for i, letter in enumerate(c.attn_pattern):
+            own = jax.tree.map(lambda leaf: leaf[0], params["periods"][f"block_{i}"])
+            x, _ = Block(c, letter).apply({"params": own}, x, place, None)
+            yield f"layer {i} ({letter})", x
+        norm: Any = RMSNorm(c.norm_eps, "embed").apply({"params": params["final_norm"]}, x)
+        yield "final norm", norm
 
     def extend(
         self,

@@ -157,7 +157,8 @@ def _job(task: Task, layout: Layout) -> tuple[Job, Any]:
 def _state(job: Job) -> TrainState:
     optimizer = job.optimizer.build(job.axes, job.num_steps)
     ema = job.config.ema_decay is not None
-    return state_like(job.layout, job.axes, job.init_params, optimizer, ema=ema)
+    watch = job.config.on_bad_step
+    return state_like(job.layout, job.axes, job.init_params, optimizer, ema=ema, on_bad_step=watch)
 
 
 def _train_parts(task: Task, state: TrainState, frozen: Any, layout: Layout) -> dict[str, Any]:

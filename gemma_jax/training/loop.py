@@ -3,27 +3,30 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
-import numpy as np
 import optax
 
-from gemma_jax.errors import Interrupted, Preempted, UserError, require_fractions, require_positive
+from gemma_jax import stops
+from gemma_jax.errors import UserError, require_fractions, require_positive
+from gemma_jax.hosts import first_alone
 from gemma_jax.progress import progress
 from gemma_jax.settings import check_types
 from gemma_jax.sharding import Layout
-from gemma_jax.training.checkpoint import BEST_METRIC, Checkpoints
-from gemma_jax.training.metrics import MetricsLog, median, peak_flops, read_metrics
+from gemma_jax.training.bad_steps import Skip, Stop
+from gemma_jax.training.checkpoint import Checkpoints, keep_elsewhere
+from gemma_jax.training.clock import Clock
+from gemma_jax.training.lookout import INNER, BadSteps, Lookout, Records
+from gemma_jax.training.metrics import MetricsLog, read_metrics, summary
 from gemma_jax.training.objective import Objective
 from gemma_jax.training.optim import Optimizer
+from gemma_jax.training.restore import last_good
+from gemma_jax.training.retention import BEST_METRIC
 from gemma_jax.training.step import (
     Join,
     TrainState,
@@ -47,6 +50,8 @@ class LoopConfig:
     keep_best: int = 1
     microbatches: int = 1
     ema_decay: float | None = None
+    on_bad_step: Stop | Skip = Stop()
+    checkpoints: str | None = None  # a folder for them, gs://BUCKET/... say; else the run's own
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,10 +87,20 @@ class Job:
     flops_per_token: int
     evaluate: Evaluate
     seed: int = 0
-    settings: Any = None  # what W&B is told of the run, as JSON
+    settings: Any = None  # as JSON: what W&B is told of the run, and its checkpoints say
+    is_same: Callable[[Any], bool] = lambda saved: True  # whether such settings are of this run
     load_params: Callable[[Any], Any] | None = None
     load_frozen: Callable[[], Any] = lambda: None
     join: Join = everything
+    shard_records: Callable[[int], list[int]] | None = None  # of a batch by its number, from 0
+
+    def made_of(self, step: int) -> Records:
+        """The sequences of the run that step `step` reads, and what they are in teacher shards."""
+        first = (step - 1) * self.batch_size
+        made: Records = {"sequences": list(range(first, first + self.batch_size))}
+        if self.shard_records is not None:
+            made["records"] = self.shard_records(step - 1)
+        return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,44 +119,87 @@ def train(job: Job) -> Trained:
     resumed run repeats the numbers of an uninterrupted one.
     """
     with job.layout.active(), contextlib.ExitStack() as stack:
-        optimizer = job.optimizer.build(job.axes, job.num_steps)
-        ema = job.config.ema_decay is not None
-
-        def begin(params: Any) -> TrainState:
-            return init_state(params, optimizer, ema=ema)
-
-        like = state_like(job.layout, job.axes, job.init_params, optimizer, ema=ema)
-        shardings = jax.tree.map(lambda x: x.sharding, like)
+        plan = prepare(job)
+        batches = iter(job.batches)
+        first_alone(lambda: keep_elsewhere(job.folder, job.config.checkpoints, job.name))
+        state = last_good(job.folder, plan.like, batches, is_same=job.is_same)
+        start = 0 if state is None else int(state.step)
+        bad = BadSteps(job.folder, start)
         checkpoints = Checkpoints(
-            job.folder, keep_last=job.config.keep_last, keep_best=job.config.keep_best
+            job.folder,
+            keep_last=job.config.keep_last,
+            keep_best=job.config.keep_best,
+            settings=job.settings,
+            bad_steps=bad.steps,
         )
         stack.callback(checkpoints.close)
-        batches = iter(job.batches)
-        start = checkpoints.latest_step() or 0
-        if start:
-            state = checkpoints.restore(start, like, batches)
-            if start < job.num_steps and jax.process_index() == 0:
-                print(f"{job.name}: going on from step {start}", file=sys.stderr)
-        elif job.load_params is not None:
-            own = job.load_params(shardings.params)
-            state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(own)
-        else:
-            state = jax.jit(lambda: begin(job.init_params()), out_shardings=shardings)()
+        if state is None:
+            state = plan.fresh()
+        elif start < job.num_steps and jax.process_index() == 0:
+            print(f"{job.name}: going on from step {start}", file=sys.stderr)
 
         frozen = job.load_frozen()
-        step = jit_step(job, optimizer, shardings)
         records = read_metrics(job.folder)
         measured = any(r["step"] == job.num_steps and BEST_METRIC in r for r in records)
         if start < job.num_steps or not measured:
             log = MetricsLog(job.folder, start, job.config.wandb_project, job.name, job.settings)
             stack.callback(log.close)
             if start < job.num_steps:
-                state = _run(job, state, frozen, start, batches, step, checkpoints, log)
+                lookout = Lookout(job.name, job.config.on_bad_step, bad, checkpoints, job.made_of)
+                parts = _Parts(plan.step, batches, checkpoints, log, lookout)
+                state = _run(job, plan.resumed(state), frozen, start, parts)
             else:  # the weights outlived the last line
                 log.write(start, _validated(job, state, frozen))
         records = read_metrics(job.folder)
-        metrics, best = _summary(records), checkpoints.best_step()
+        metrics, best = summary(records), checkpoints.best_step()
+        ema = job.config.ema_decay is not None
         return Trained(state.ema if ema else state.params, metrics, best)
+
+
+class _Parts(NamedTuple):
+    """What the steps of a run go through."""
+
+    step: Callable
+    batches: grain.DatasetIterator
+    checkpoints: Checkpoints
+    log: MetricsLog
+    lookout: Lookout
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The state of a job, before there is one, and its step."""
+
+    like: TrainState  # shapes with shardings
+    fresh: Callable[[], TrainState]
+    step: Callable
+    resumed: Callable[[TrainState], TrainState]
+
+
+def prepare(job: Job) -> Plan:
+    """Allocates nothing; to be called with the layout active."""
+    optimizer = job.optimizer.build(job.axes, job.num_steps)
+    ema, on_bad_step = job.config.ema_decay is not None, job.config.on_bad_step
+
+    def begin(params: Any) -> TrainState:
+        return init_state(params, optimizer, ema=ema, on_bad_step=on_bad_step)
+
+    like = state_like(
+        job.layout, job.axes, job.init_params, optimizer, ema=ema, on_bad_step=on_bad_step
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+
+    def fresh() -> TrainState:
+        if job.load_params is None:
+            return jax.jit(lambda: begin(job.init_params()), out_shardings=shardings)()
+        own = job.load_params(shardings.params)
+        return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(own)
+
+    def resumed(state: TrainState) -> TrainState:
+        assert state.watch is not None
+        return state._replace(watch=on_bad_step.go_on(state.watch))
+
+    return Plan(like, fresh, jit_step(job, optimizer, shardings), resumed)
 
 
 def jit_step(job: Job, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
@@ -156,59 +214,56 @@ def jit_step(job: Job, optimizer: optax.GradientTransformation, shardings: Any) 
             ema_decay=job.config.ema_decay,
             seed=job.seed,
             shardings=shardings.params,
+            on_bad_step=job.config.on_bad_step,
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
 
 
-def _run(
-    job: Job,
-    state: TrainState,
-    frozen: Any,
-    start: int,
-    batches: grain.DatasetIterator,
-    step: Callable,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-) -> TrainState:
-    config = job.config
+def _run(job: Job, state: TrainState, frozen: Any, start: int, parts: _Parts) -> TrainState:
+    config, (step, batches, checkpoints, log, lookout) = job.config, parts
     schedule = job.optimizer.schedule.build(job.optimizer.learning_rate, job.num_steps)
-    clock = _Clock(job)
+    clock = Clock(job.layout, job.tokens_per_step, job.flops_per_token)
     with (
         progress(job.name, job.num_steps, start=start) as advance,
-        _stop_requests() as stop_requested,
+        stops.requests(start) as asked,
     ):
         for done in range(start + 1, job.num_steps + 1):
+            position = batches.get_state()
             batch = clock.wait_for(batches)
             state, metrics = step(state, job.layout.place(batch, job.batch_size), frozen)
             last = done == job.num_steps
             clock.step_done(metrics)
+            lookout.note(done, position, metrics)
 
             values: dict[str, float | None] = {}
             if done % config.log_every == 0 or last:
+                lookout.look(state)
                 values |= _measured(metrics, done, checkpoints)
-                values["learning_rate"] = float(schedule(done - 1))
-                values |= clock.speed()
+                skipped = int(metrics["skipped"])
+                values["learning_rate"] = float(schedule(done - 1 - skipped))
+                values |= clock.speed() | ({"skipped": skipped} if skipped else {})
             if done % config.eval_every == 0 or last:
                 values |= _validated(job, state, frozen)
                 clock.restart()
             if values:
                 log.write(done, values)
-            stopping = stop_requested()
+            stopping = asked(done)
             if done % config.checkpoint_every == 0 or last or stopping:
+                lookout.look(state)
                 _measured(metrics, done, checkpoints)  # what is not finite is not saved
                 log.sync()  # a checkpoint never outlives the numbers that came before it
                 known = {name: x for name, x in values.items() if x is not None}
-                checkpoints.save(state, batches, known)
+                checkpoints.save(state, batches.get_state(), known)
                 clock.restart()
             advance(1, _note(values) if values else "")
             if stopping:
                 checkpoints.wait()
-                kind = Preempted if stopping == signal.SIGTERM else Interrupted
-                raise kind(
+                raise stops.stopped(
+                    stopping,
                     f"{job.name} stopped at step {done} of {job.num_steps} and is saved; "
-                    "the same command goes on from there."
+                    "the same command goes on from there.",
                 )
         checkpoints.wait()
     return state
@@ -221,99 +276,25 @@ def _validated(job: Job, state: TrainState, frozen: Any) -> dict[str, float | No
     return {f"valid/{name}": value for name, value in job.evaluate(params).items()}
 
 
-class _Clock:
-    """Tokens a second, MFU and the share of time spent waiting for data, since the last report.
-
-    The first step (compilation), evaluation and checkpoints are left out.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._first = True
-        self.restart()
-
-    def restart(self) -> None:
-        self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
-
-    def wait_for(self, batches: grain.DatasetIterator) -> dict[str, np.ndarray]:
-        began = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - began
-        return batch
-
-    def step_done(self, metrics: Any) -> None:
-        self._steps += 1
-        if self._first:
-            jax.block_until_ready(metrics)
-            self._first = False
-            self.restart()
-
-    def speed(self) -> dict[str, float | None]:
-        """To be called when the last step's numbers have arrived from the device."""
-        seconds, steps, waited = time.perf_counter() - self._began, self._steps, self._waited
-        self.restart()
-        if not steps:
-            return {}
-        rate = steps * self._job.tokens_per_step / seconds
-        peak = peak_flops(self._job.layout.mesh.devices.flat[0])
-        mfu = None
-        if peak is not None:
-            mfu = rate * self._job.flops_per_token / (peak * self._job.layout.mesh.size)
-        return {"tokens_per_s": rate, "mfu": mfu, "data_wait": waited / seconds}
-
-
-def _measured(metrics: Any, step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """A step's numbers, fetched from the device; refused where training has gone off."""
-    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    if all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "param_norm")):
-        return values
+def _measured(metrics: Any, step: int, checkpoints: Checkpoints) -> dict[str, float | None]:
+    """A step's numbers, fetched from the device; refused where the parameters have gone off. What
+    is not finite in a step that was left out is None."""
+    told = {name: x for name, x in metrics.items() if name not in INNER}
+    values = {name: float(x) for name, x in jax.device_get(told).items()}
+    if math.isfinite(values["param_norm"]):
+        return {name: x if math.isfinite(x) else None for name, x in values.items()}
     checkpoints.wait()
     raise UserError(
-        f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step}; "
-        f"the last checkpoint is of step {checkpoints.latest_step() or 0}. Lower "
-        "optimizer.learning_rate, or set optimizer.clip_norm."
+        f"the parameters are no finite numbers at step {step}; the last checkpoint is of step "
+        f"{checkpoints.latest_step() or 0}. Lower optimizer.learning_rate, or set "
+        "optimizer.clip_norm."
     )
 
 
 def _note(values: dict[str, Any]) -> str:
-    parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
+    parts = [f"loss {values['loss']:.3f}"] if values.get("loss") is not None else []
     if "valid/bits_per_byte" in values:
         parts.append(f"valid {values['valid/bits_per_byte']:.3f} bits/byte")
     if values.get("tokens_per_s"):
         parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
     return "  ".join(parts)
-
-
-def _summary(records: list[dict[str, float]]) -> dict[str, float]:
-    """The last value of each metric; speeds as the median over the run."""
-    summary: dict[str, float] = {}
-    for record in records:
-        summary |= record
-    for name in ("tokens_per_s", "mfu", "data_wait"):
-        value = median(records, name)
-        if value is not None:
-            summary[name] = value
-    return summary
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-    """Gives the number of the first SIGINT or SIGTERM, 0 before; a second one acts as always."""
-    requested = 0
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: Any) -> None:
-        nonlocal requested
-        requested = number
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

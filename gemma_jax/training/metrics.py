@@ -1,7 +1,6 @@
 """Metrics of a run: JSON lines and TensorBoard always, Weights & Biases on request."""
 
 import json
-import os
 import statistics
 import uuid
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from gemma_jax.errors import UserError
-from gemma_jax.files import disk_errors, read_json, write_json, write_text
+from gemma_jax.files import Lines, disk_errors, patiently, read_json, write_json
 
 FILE = "metrics.jsonl"
 
@@ -44,7 +43,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in patiently(path.read_text, path, doing="read").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -55,6 +54,18 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
 def median(records: list[dict[str, float]], name: str) -> float | None:
     values = [record[name] for record in records if record.get(name) is not None]
     return statistics.median(values) if values else None
+
+
+def summary(records: list[dict[str, float]]) -> dict[str, float]:
+    """The last value of each metric; speeds as the median over the run."""
+    last: dict[str, float] = {}
+    for record in records:
+        last |= record
+    for name in ("tokens_per_s", "mfu", "data_wait"):
+        value = median(records, name)
+        if value is not None:
+            last[name] = value
+    return last
 
 
 class MetricsLog:
@@ -76,46 +87,45 @@ class MetricsLog:
         if wandb_project:
             self._wandb = _start_wandb(wandb_project, name, folder, settings)
         kept = [record for record in read_metrics(folder) if record["step"] <= start_step]
-        write_text(folder / FILE, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = (folder / FILE).open("a")
-        board = str(folder / "tensorboard")
-        self._board = SummaryWriter(board, purge_step=start_step + 1, flush_secs=20)
+        self._lines = Lines(folder / FILE, "".join(json.dumps(x) + "\n" for x in kept))
+        self._folder = folder / "tensorboard"
+        self._open_board(start_step + 1)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         if not self._writes:
             return
+        self._lines.add(json.dumps({"step": step, **values}) + "\n")
         if not self._board_lives():
-            raise UserError(
-                f"cannot write {self._board.logdir}: the disk did not take all of it; free some "
-                "space and run the same command again."
-            )
-        with disk_errors(self._file.name):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, step)
+            self._open_board(step)
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def sync(self) -> None:
         """Returns when the lines are on disk."""
         if self._writes:
-            with disk_errors(self._file.name):
-                os.fsync(self._file.fileno())
+            self._lines.sync()
 
     def close(self) -> None:
         if not self._writes:
             return
-        self._file.close()
         if self._board_lives():
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _open_board(self, step: int) -> None:
+        with disk_errors(self._folder):
+            self._board = patiently(
+                lambda: SummaryWriter(str(self._folder), purge_step=step, flush_secs=20),
+                self._folder,
+            )
+
     def _board_lives(self) -> bool:
-        """Whether TensorBoard's thread does: a full disk ends it, and then each call would wait for
-        it without end."""
+        """Whether TensorBoard's thread does: an error of the disk ends it, and then each call would
+        wait for it without end."""
         writer = self._board.file_writer
         return writer is None or writer.event_writer._worker.is_alive()
 

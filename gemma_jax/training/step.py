@@ -9,6 +9,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from gemma_jax.sharding import Layout
+from gemma_jax.training.bad_steps import Skip, Stop, Watch
 from gemma_jax.training.objective import Batch, Objective, Sums
 
 type Metrics = dict[str, jax.Array]
@@ -22,11 +23,19 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema: Any  # average of the parameters, or None
+    watch: Watch | None = None  # of bad steps; None: there is nobody who watches
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool,
+    on_bad_step: Stop | Skip | None = None,
+) -> TrainState:
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    watch = None if on_bad_step is None else on_bad_step.begin()
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average, watch)
 
 
 def state_shardings(layout: Layout, axes: Any, state: TrainState) -> Any:
@@ -45,7 +54,8 @@ def state_shardings(layout: Layout, axes: Any, state: TrainState) -> Any:
         return whole
 
     opt_state = jax.tree_util.tree_map_with_path(follow, state.opt_state)
-    return TrainState(whole, params, opt_state, None if state.ema is None else params)
+    watch = jax.tree.map(lambda _: whole, state.watch)
+    return TrainState(whole, params, opt_state, None if state.ema is None else params, watch)
 
 
 def state_like(
@@ -55,9 +65,12 @@ def state_like(
     optimizer: optax.GradientTransformation,
     *,
     ema: bool,
+    on_bad_step: Stop | Skip | None = None,
 ) -> TrainState:
     """The state of a run that begins with `init_params()`, as shapes that say where they live."""
-    shapes = jax.eval_shape(lambda: init_state(init_params(), optimizer, ema=ema))
+    shapes = jax.eval_shape(
+        lambda: init_state(init_params(), optimizer, ema=ema, on_bad_step=on_bad_step)
+    )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -79,6 +92,7 @@ def make_step(
     ema_decay: float | None = None,
     seed: int = 0,
     shardings: Any = None,
+    on_bad_step: Stop | Skip | None = None,
 ) -> Step:
     """`step(state, batch, frozen) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -86,8 +100,62 @@ def make_step(
     The gradient is that of the mean loss over the batch's weight, however many microbatches it is
     computed in. Random numbers depend on the seed and the step alone. `shardings` of the parameters
     are those of the gradients too, also while they are summed. Metrics are float32 scalars: the
-    objective's means, `grad_norm`, `param_norm` and `update_norm`.
+    objective's means, `grad_norm`, `param_norm` and `update_norm`. With `on_bad_step` those of a
+    bad step leave the state as it was, and `bad_step`, `bad_in_row` and `skipped` (int32) tell.
     """
+    gradients = make_gradients(
+        objective, join=join, microbatches=microbatches, seed=seed, shardings=shardings
+    )
+
+    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, Metrics]:
+        grads, sums = gradients(state.params, frozen, batch, state.step)
+        with jax.named_scope("optimizer"):
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes integer and float scalars
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1 - ema_decay)
+            metrics = means(sums) | {"grad_norm": optax.tree.norm(grads)}
+            after = TrainState(state.step + 1, params, opt_state, ema)
+            if on_bad_step is not None:
+                after, told = _judged(on_bad_step, state, after, metrics)
+                metrics |= told
+            metrics["param_norm"] = optax.tree.norm(after.params)
+            metrics["update_norm"] = optax.tree.norm(updates)
+        return after, metrics
+
+    return step
+
+
+def _judged(
+    on_bad_step: Stop | Skip, before: TrainState, after: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, or the one before where it does not count."""
+    assert before.watch is not None
+    good, watch = on_bad_step.judge(
+        before.watch, before.step + 1, metrics["loss"], metrics["grad_norm"]
+    )
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), after, before._replace(watch=None)
+    )
+    kept = kept._replace(step=before.step + on_bad_step.steps_done(good), watch=watch)
+    return kept, {
+        "bad_step": jnp.where(good, 0, watch.bad),
+        "bad_in_row": watch.in_row,
+        "skipped": watch.count,
+    }
+
+
+def make_gradients(
+    objective: Objective,
+    *,
+    join: Join = everything,
+    microbatches: int = 1,
+    seed: int = 0,
+    shardings: Any = None,
+) -> Callable[[Any, Any, Batch, jax.Array], tuple[Any, Sums]]:
+    """`gradients(params, frozen, batch, step) -> (grads, sums)` of `make_step`'s step."""
 
     def loss(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
         return objective(join(trained, frozen, rng), batch, rng)
@@ -98,7 +166,7 @@ def make_step(
             grads = jax.lax.with_sharding_constraint(grads, shardings)
         return value, grads
 
-    def gradients(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
+    def summed(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
         if microbatches == 1:
             (_, sums), grads = value_and_grad(params, frozen, batch, rng)
             return grads, sums
@@ -120,27 +188,14 @@ def make_step(
         (grads, sums), _ = jax.lax.scan(add, zeros, parts)
         return grads, sums
 
-    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = gradients(state.params, frozen, batch, rng)
+    def gradients(params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[Any, Sums]:
+        rng = jax.random.fold_in(jax.random.key(seed), step)
+        grads, sums = summed(params, frozen, batch, rng)
         weight = jnp.maximum(sums["loss"][1], 1.0)
         with jax.named_scope("optimizer"):
-            grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes integer and float scalars
-                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = state.ema
-            if ema_decay is not None:
-                ema = optax.incremental_update(params, ema, 1 - ema_decay)
-            norms = {
-                "grad_norm": optax.tree.norm(grads),
-                "param_norm": optax.tree.norm(params),
-                "update_norm": optax.tree.norm(updates),
-            }
-        metrics = means(sums) | norms
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+            return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), sums
 
-    return step
+    return gradients
 
 
 def means(sums: Sums) -> Metrics:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from gemma_jax.buckets import absolute, is_remote
 from gemma_jax.errors import UserError
 from gemma_jax.hosts import fetch
 from gemma_jax.training.checkpoint import FOLDER, weights_folder, write_errors
@@ -58,7 +59,7 @@ class SavedWeights:
     """The weights of a run folder, or of one of its checkpoints, read without loading them all."""
 
     def __init__(self, folder: FilePath, step: int | None = None) -> None:
-        self._base = weights_folder(folder, step)
+        self._base = absolute(weights_folder(folder, step))
         self._open: dict[Path, Any] = {}
 
     def read(self, path: Path, layer: int | None, start: int, stop: int) -> np.ndarray:
@@ -114,9 +115,10 @@ def _path(path: tuple[Any, ...]) -> Path:
 
 def _open(base: FilePath, path: Path, new: Any) -> Any:
     """A parameter's array; `new` (a shape with a type) makes it."""
+    root = f"{base}/" if is_remote(base) else f"file://{base}/"
     spec: dict[str, Any] = {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{'.'.join(path)}/"},
+        "kvstore": {"driver": "ocdbt", "base": root, "path": f"{'.'.join(path)}/"},
     }
     if new is None:
         return ts.open(spec, read=True).result()

@@ -281,7 +281,7 @@ def test_full_disk_is_one_sentence(corpus: Corpus, monkeypatch: pytest.MonkeyPat
     for path in Path(corpus.path).glob("[mt]*"):
         path.unlink()
     (Path(corpus.path) / "train-00000.arrayrecord.partial").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="did not take all of it; free some space"):
+    with pytest.raises(UserError, match="the disk is full; free some space"):
         build_tokens(corpus)
     (Path(corpus.path) / "train-00000.arrayrecord.partial").unlink()
     assert len(build_tokens(corpus).documents("train"))

@@ -64,6 +64,7 @@ trap 'exit 75' TERM
 if [[ $1 == wait ]]; then exec PYTHON -c 'import signal, sys, time
 for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
     signal.signal(number, lambda *_, code=code: sys.exit(code))
+open("ready", "w").close()
 while True:
     time.sleep(0.05)'; fi
 exit "$2"
@@ -176,6 +177,7 @@ def test_copies_are_made_while_it_runs_and_stop_is_ctrl_c(machine: Machine) -> N
     machine.call("setup", "demo", "gs://bucket", "runs")
     machine.call("start", "abc", "wait", GEMMA_JAX_PUSH_S="0.1")
     machine.wait_for_file(machine.bucket / "runs/x/checkpoints/20/whole")
+    machine.wait_for_file(machine.job / "work/ready")
     assert machine.status()[2] == "running"
     refused = subprocess.run(
         ["bash", machine.script, "start", "def", "x"], env=machine.env, capture_output=True
@@ -189,7 +191,7 @@ def test_a_notice_of_preemption_lets_the_program_save(machine: Machine) -> None:
     """SIGTERM comes to every process of the machine, once."""
     machine.call("setup", "demo", "-", "runs")
     machine.call("start", "abc", "wait")
-    machine.wait_for_file(machine.job / "work/runs/x/checkpoints/20/whole")
+    machine.wait_for_file(machine.job / "work/ready")
     os.kill(int((machine.job / "pid").read_text()), signal.SIGTERM)
     os.kill(int((machine.job / "program").read_text()), signal.SIGTERM)
     assert machine.wait_for("ended")[3] == str(PREEMPTED_CODE)

@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_model_is_not_gone_on_from(make_job, params):
 def test_a_damaged_checkpoint_is_one_sentence(make_job, file, content):
     train(make_job(steps=4))
     (make_job().folder / "checkpoints/4" / file).write_text(content)
-    with pytest.raises(UserError, match="checkpoints/4 is damaged; copy it again, or delete"):
+    with pytest.raises(UserError, match=r"checkpoints/4 is damaged \(.*\); copy it"):
         train(make_job())
 
 
