@@ -24,7 +24,7 @@ from gemma_jax.errors import STOPPED, Interrupted, Preempted, exit_code
 _NOTICE, _PLACES = "gemma_jax/stop/notice", "gemma_jax/stop/place"
 _LOOK_EVERY_S = 0.5
 _ANSWER_MS = 60_000  # a process that does not answer is no longer there
-_LEAVE_S = 30.0  # for a main thread that waits for another process, and will never hear of a signal
+_LEAVE_S = 15.0  # for a main thread that waits for another process, and will never hear of a signal
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 type _Place = tuple[int, int]  # (number of the loop in this process, steps it has done)
@@ -189,6 +189,7 @@ class _Agreement:
         if not self._told and callable(signal.getsignal(number)):
             os.kill(os.getpid(), number)
         if not self._closed.wait(_LEAVE_S):
+            os.write(2, f"\n{STOPPED}\n".encode())
             self.part()
             os._exit(exit_code(number))
 
