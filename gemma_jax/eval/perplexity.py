@@ -3,6 +3,7 @@
 Bits per byte does not depend on the vocabulary, so models with different tokenizers compare.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -43,6 +44,9 @@ def make_evaluation(
     A sequence sees nothing before its start: a document cut into two sequences is scored in two.
     """
     batches = list(_batches(sequences, batch_size))
+    changes = (np.diff(batch["segment_ids"], axis=1) != 0 for batch in batches)
+    most = 1 + max((int(change.sum(axis=1).max()) for change in changes), default=0)
+    model = dataclasses.replace(model, most_documents=most)
     sizes = np.asarray(token_bytes, np.float32)
 
     @jax.jit
