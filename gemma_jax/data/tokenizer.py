@@ -2,8 +2,9 @@
 
 Settings as for Gemma (Gemma 3 report, arXiv 2503.19786, section 2): digits split, whitespace kept,
 bytes for what the vocabulary lacks, and the control pieces at Gemma's ids. It departs from Gemma in
-two places, both for the sake of exactness: a literal U+2581, which SentencePiece would give back as
-a space, becomes its three bytes, and the names of control pieces in ordinary text stay text.
+two places, both for the sake of exactness: the names of control pieces in ordinary text stay text,
+and a literal U+2581, which SentencePiece reads as a space, becomes its three bytes. The latter only
+in tokenizers that are trained here: a model that comes from elsewhere learned with its own ids.
 """
 
 import hashlib
@@ -44,6 +45,7 @@ CONTROL_NAME = re.compile(
     r"<mask>|\[multimodal\]|<unused\d+>|<(start|end)_of_(turn|image)>|<image_soft_token>"
 )
 _CONTROL_SHAPE = re.compile(r"<[^<>\[\]]+>|\[[^<>\[\]]+\]")  # no control name hides in another
+_EXACT_SYMBOLS = (_CONTROL_PIECES, _WHITESPACE_PIECES)
 _CUT_CHARS = 1 << 16  # BPE takes memory in proportion to what it sees at once
 _CUT_PLACE = re.compile(r"(?<=\n)(?=[^\n])|(?<=[^ \n\t])(?= )")
 _ROUND_TRIP_PROBE = "  a\u00a0 b\r\n\n\tﬁ e\u0301 \u2581<bos><start_of_turn>\x00\ufeff 12 🙂 "
@@ -79,7 +81,11 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """Text to ids and back. Without BOS and EOS: whoever builds a document adds them."""
+    """Text to ids and back. Without BOS and EOS: whoever builds a document adds them.
+
+    `exact` says whether a literal U+2581 in a text is kept, by its bytes; else it is read as a
+    space, as SentencePiece does.
+    """
 
     def __init__(self, model: bytes, name: str = "the model"):
         """Takes a serialized SentencePiece model; `name` stands for it in messages.
@@ -98,6 +104,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, DecodeError) as error:
             raise UserError(f"{name} is not a SentencePiece model; train one anew.") from error
+        self.exact = is_exact(proto)
         kinds = ModelProto.SentencePiece
         self._bytes = [_piece_bytes(piece) for piece in proto.pieces]
         self._byte_ids = {
@@ -108,7 +115,7 @@ class Tokenizer:
             for i, piece in enumerate(proto.pieces)
             if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
         }
-        if self.decode(self.encode(_ROUND_TRIP_PROBE)) != _ROUND_TRIP_PROBE:
+        if self.decode(self.encode(_ROUND_TRIP_PROBE)) != self._read(_ROUND_TRIP_PROBE):
             raise UserError(
                 f"{name} changes text (it normalises, or has no bytes to fall back on), but every "
                 "text has to come back byte for byte; train one with `gemma-jax tokenizer train`."
@@ -164,6 +171,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Encodes many texts at once, on `threads` threads outside of Python's lock."""
+        return self._spell([self._read(text) for text in texts], threads)
+
+    def spell(self, text: str) -> list[int]:
+        """Ids that `decode` turns into `text`, a literal U+2581 kept whether `exact` or not."""
+        return self._spell([text], 1)[0]
+
+    def _spell(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         fragments: list[str] = []
         plans: list[list[int | None]] = []  # None takes the next fragment, an int is a byte piece
         for text in texts:
@@ -201,9 +215,13 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: UTF-8 bytes that each id stands for, 0 for control pieces.
 
-        Sums over `encode(text)` to exactly `len(text.encode())`.
+        Sums over `encode(text)` to exactly `len(text.encode())`, U+2581 read as `exact` says.
         """
         return np.array([len(piece) for piece in self._bytes], np.int32)
+
+    def _read(self, text: str) -> str:
+        """The text that `decode` gives back."""
+        return text if self.exact else text.replace(SPACE, " ")
 
     def _plan(self, text: str, fragments: list[str]) -> list[int | None]:
         plan: list[int | None] = []
@@ -215,6 +233,18 @@ class Tokenizer:
             fragments.extend(cuts)
             plan.extend([None] * len(cuts))
         return plan
+
+
+def is_exact(proto: ModelProto) -> bool:
+    """Whether a model was trained here, or marked as such: its trainer's record says so."""
+    spec = proto.trainer_spec
+    return (tuple(spec.control_symbols), tuple(spec.user_defined_symbols)) == _EXACT_SYMBOLS
+
+
+def mark_exact(proto: ModelProto) -> None:
+    """Writes into a model what `is_exact` looks for; its hash changes with it."""
+    proto.trainer_spec.control_symbols.extend(_CONTROL_PIECES)
+    proto.trainer_spec.user_defined_symbols.extend(_WHITESPACE_PIECES)
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: str | Path) -> Tokenizer:

@@ -208,8 +208,8 @@ def test_a_model_that_matches_turn_names_in_text_is_tamed(tmp_path) -> None:
     untamed = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     assert untamed.encode(names[0]) == tamed.encode(names[0], control=True) == [START_OF_TURN]
     assert tamed.token_bytes()[[START_OF_TURN, END_OF_TURN]].sum() == 0
-    for text in NASTY:
-        check_round_trip(tamed, text)
+    for text in NASTY:  # a model from elsewhere: U+2581 is a space
+        check_round_trip(tamed, text.replace("\u2581", " "))
 
 
 def test_a_model_that_changes_text_is_refused(tmp_path) -> None:
