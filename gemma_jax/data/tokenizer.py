@@ -8,8 +8,6 @@ in tokenizers that are trained here: a model that comes from elsewhere learned w
 """
 
 import hashlib
-import heapq
-import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ PAD, EOS, BOS, UNK = 0, 1, 2, 3
 START_OF_TURN, END_OF_TURN = 105, 106
 MODEL_FILE = "tokenizer.model"
 
-_CONTROL_PIECES = (  # ids 4 to 106, in order
+CONTROL_PIECES = (  # ids 4 to 106, in order
     "<mask>",
     "[multimodal]",
     *(f"<unused{n}>" for n in range(99)),
@@ -37,7 +35,7 @@ _CONTROL_PIECES = (  # ids 4 to 106, in order
 )
 # Runs of newlines and tabs: no other piece holds either character, as the trainer sees single
 # lines without tabs, so a text may be cut after such a run.
-_WHITESPACE_PIECES = (*("\n" * n for n in range(1, 5)), *("\t" * n for n in range(1, 5)))
+WHITESPACE_PIECES = (*("\n" * n for n in range(1, 5)), *("\t" * n for n in range(1, 5)))
 SPACE = "\u2581"  # SentencePiece's stand-in for the space
 # What Gemma's own model holds as user-defined pieces, matched wherever they stand in a text. The
 # other user-defined pieces (whitespace, HTML tags) are text.
@@ -45,7 +43,7 @@ CONTROL_NAME = re.compile(
     r"<mask>|\[multimodal\]|<unused\d+>|<(start|end)_of_(turn|image)>|<image_soft_token>"
 )
 _CONTROL_SHAPE = re.compile(r"<[^<>\[\]]+>|\[[^<>\[\]]+\]")  # no control name hides in another
-_EXACT_SYMBOLS = (_CONTROL_PIECES, _WHITESPACE_PIECES)
+_EXACT_SYMBOLS = (CONTROL_PIECES, WHITESPACE_PIECES)
 _CUT_CHARS = 1 << 16  # BPE takes memory in proportion to what it sees at once
 _CUT_PLACE = re.compile(r"(?<=\n)(?=[^\n])|(?<=[^ \n\t])(?= )")
 _ROUND_TRIP_PROBE = "  a\u00a0 b\r\n\n\tﬁ e\u0301 \u2581<bos><start_of_turn>\x00\ufeff 12 🙂 "
@@ -70,7 +68,7 @@ class TokenizerConfig:
     character_coverage: float = 0.9995
 
     def __post_init__(self) -> None:
-        least = 4 + len(_CONTROL_PIECES) + len(_WHITESPACE_PIECES) + 256
+        least = 4 + len(CONTROL_PIECES) + len(WHITESPACE_PIECES) + 256
         if self.vocab_size <= least:
             raise UserError(
                 f"vocab_size {self.vocab_size} leaves no room for words: {least} ids are control "
@@ -243,106 +241,8 @@ def is_exact(proto: ModelProto) -> bool:
 
 def mark_exact(proto: ModelProto) -> None:
     """Writes into a model what `is_exact` looks for; its hash changes with it."""
-    proto.trainer_spec.control_symbols.extend(_CONTROL_PIECES)
-    proto.trainer_spec.user_defined_symbols.extend(_WHITESPACE_PIECES)
-
-
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: str | Path) -> Tokenizer:
-    """Trains a BPE model on a sample of `texts` and writes it to `path`.
-
-    The same documents in any order give the same bytes. All of `texts` is read; memory holds the
-    sample alone.
-
-    Raises:
-      UserError: if the vocabulary is too large or too small for the sample, or there is another
-        tokenizer at `path`.
-    """
-    there = Path(path).read_bytes() if Path(path).is_file() else None
-    if there is not None and Tokenizer(there, str(path)).vocab_size != config.vocab_size:
-        raise _is_taken(path)  # at once: training would take a while
-    sample = _sample(texts, config)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(sample),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=config.vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            character_coverage=config.character_coverage,
-            max_sentence_length=1 << 30,
-            pad_id=PAD,
-            eos_id=EOS,
-            bos_id=BOS,
-            unk_id=UNK,
-            pad_piece="<pad>",
-            eos_piece="<eos>",
-            bos_piece="<bos>",
-            unk_piece="<unk>",
-            control_symbols=list(_CONTROL_PIECES),
-            user_defined_symbols=list(_WHITESPACE_PIECES),
-            minloglevel=3,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise _training_error(str(error), config) from error
-    tokenizer = Tokenizer(model.getvalue(), str(path))
-    if there is None:
-        tokenizer.save(path)
-    elif tokenizer.model != there:
-        raise _is_taken(path)
-    return tokenizer
-
-
-def _is_taken(path: str | Path) -> UserError:
-    return UserError(
-        f"{path} is another tokenizer already, of other text or settings; choose another path, or "
-        "delete that file."
-    )
-
-
-def _training_error(message: str, config: TokenizerConfig) -> Exception:
-    if found := re.search(r"too high.*<= (\d+)", message):
-        return UserError(
-            f"vocab_size {config.vocab_size} is too large for this corpus, which supports at most "
-            f"{found[1]}; set vocab_size to {found[1]} or less, or give more text."
-        )
-    if found := re.search(r"required_chars.*?(\d+) vs (\d+)", message, re.DOTALL):
-        return UserError(
-            f"vocab_size {config.vocab_size} is too small for the characters of this corpus, which "
-            f"take {found[2]}; set vocab_size above that, or lower "
-            "character_coverage."
-        )
-    if "!sentences_.empty()" in message or "empty" in message.lower():
-        return UserError("the corpus has no text to train a tokenizer on; give more documents.")
-    return RuntimeError(f"SentencePiece failed to train: {message}")
-
-
-def _sample(texts: Iterable[str], config: TokenizerConfig) -> list[str]:
-    """The documents with the smallest hashes that fill `sample_bytes`, in the order of hashes."""
-    heap, held = list[tuple[int, int, str]](), 0
-    key = config.seed.to_bytes(8, "little", signed=True)
-    for text in texts:
-        data = text.encode()
-        priority = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
-        if held >= config.sample_bytes and -priority <= heap[0][0]:
-            continue
-        heapq.heappush(heap, (-priority, len(data), text))
-        held += len(data)
-        while held - heap[0][1] >= config.sample_bytes:
-            held -= heapq.heappop(heap)[1]
-    return [text for _, _, text in sorted(heap, reverse=True)]
-
-
-def _lines(texts: Iterable[str]) -> Iterable[str]:
-    for text in texts:
-        for line in re.split(f"[\n\t\x00{SPACE}]+", text):
-            if line:
-                yield line
+    proto.trainer_spec.control_symbols.extend(CONTROL_PIECES)
+    proto.trainer_spec.user_defined_symbols.extend(WHITESPACE_PIECES)
 
 
 def _tame(proto: ModelProto) -> bool:
