@@ -128,7 +128,8 @@ def _data_build(arguments: argparse.Namespace) -> None:
 
 def _tokenizer_train(arguments: argparse.Namespace) -> None:
     from gemma_jax.data.corpora import iter_documents
-    from gemma_jax.data.tokenizer import TokenizerConfig, train_tokenizer
+    from gemma_jax.data.tokenizer import TokenizerConfig
+    from gemma_jax.data.tokenizer_training import train_tokenizer
 
     sources = tuple(arguments.source)
     texts = iter_documents(sources, arguments.text_field, show_progress=True)

@@ -25,6 +25,7 @@ from gemma_jax.generation.grammar import (
     regex,
 )
 from gemma_jax.generation.sampling import Sampling
+from gemma_jax.interop.tokenizers import from_gguf, to_gguf
 
 PERSON = {
     "type": "object",
@@ -182,6 +183,19 @@ def test_a_way_to_the_end_is_found_from_anywhere(loaded, pieces):
                 matcher.take(matcher.forced() or [int(rng.choice(ids[ids > 106]))])
             tokens = matcher.close(len(matcher.tokens) + 200)
             check(schema, loaded.tokenizer.decode(tokens))
+
+
+def test_a_foreign_tokenizer_spells_what_it_would_read_as_a_space(loaded):
+    fields = to_gguf(loaded.tokenizer)
+    del fields["gemma_jax.exact_tokenizer"]
+    foreign = from_gguf(fields, "a.gguf")
+    wanted = "▁a▁▁ b"
+    matcher = GrammarMatcher(
+        json_schema({"const": wanted}), GrammarTokenizer(foreign, foreign.vocab_size)
+    )
+    while not matcher.finished:
+        matcher.take(matcher.forced())
+    assert json.loads(foreign.decode(matcher.tokens)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 Settings as for Gemma (Gemma 3 report, arXiv 2503.19786, section 2): digits split, whitespace kept,
 bytes for what the vocabulary lacks, and the control pieces at Gemma's ids. It departs from Gemma in
-two places, both for the sake of exactness: a literal U+2581, which SentencePiece would give back as
-a space, becomes its three bytes, and the names of control pieces in ordinary text stay text.
+two places, both for the sake of exactness: the names of control pieces in ordinary text stay text,
+and a literal U+2581, which SentencePiece reads as a space, becomes its three bytes. The latter only
+in tokenizers that are trained here: a model that comes from elsewhere learned with its own ids.
 """
 
 import hashlib
-import heapq
-import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ PAD, EOS, BOS, UNK = 0, 1, 2, 3
 START_OF_TURN, END_OF_TURN = 105, 106
 MODEL_FILE = "tokenizer.model"
 
-_CONTROL_PIECES = (  # ids 4 to 106, in order
+CONTROL_PIECES = (  # ids 4 to 106, in order
     "<mask>",
     "[multimodal]",
     *(f"<unused{n}>" for n in range(99)),
@@ -36,7 +35,7 @@ _CONTROL_PIECES = (  # ids 4 to 106, in order
 )
 # Runs of newlines and tabs: no other piece holds either character, as the trainer sees single
 # lines without tabs, so a text may be cut after such a run.
-_WHITESPACE_PIECES = (*("\n" * n for n in range(1, 5)), *("\t" * n for n in range(1, 5)))
+WHITESPACE_PIECES = (*("\n" * n for n in range(1, 5)), *("\t" * n for n in range(1, 5)))
 SPACE = "\u2581"  # SentencePiece's stand-in for the space
 # What Gemma's own model holds as user-defined pieces, matched wherever they stand in a text. The
 # other user-defined pieces (whitespace, HTML tags) are text.
@@ -44,6 +43,7 @@ CONTROL_NAME = re.compile(
     r"<mask>|\[multimodal\]|<unused\d+>|<(start|end)_of_(turn|image)>|<image_soft_token>"
 )
 _CONTROL_SHAPE = re.compile(r"<[^<>\[\]]+>|\[[^<>\[\]]+\]")  # no control name hides in another
+_EXACT_SYMBOLS = (CONTROL_PIECES, WHITESPACE_PIECES)
 _CUT_CHARS = 1 << 16  # BPE takes memory in proportion to what it sees at once
 _CUT_PLACE = re.compile(r"(?<=\n)(?=[^\n])|(?<=[^ \n\t])(?= )")
 _ROUND_TRIP_PROBE = "  a\u00a0 b\r\n\n\tﬁ e\u0301 \u2581<bos><start_of_turn>\x00\ufeff 12 🙂 "
@@ -68,7 +68,7 @@ class TokenizerConfig:
     character_coverage: float = 0.9995
 
     def __post_init__(self) -> None:
-        least = 4 + len(_CONTROL_PIECES) + len(_WHITESPACE_PIECES) + 256
+        least = 4 + len(CONTROL_PIECES) + len(WHITESPACE_PIECES) + 256
         if self.vocab_size <= least:
             raise UserError(
                 f"vocab_size {self.vocab_size} leaves no room for words: {least} ids are control "
@@ -79,7 +79,11 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """Text to ids and back. Without BOS and EOS: whoever builds a document adds them."""
+    """Text to ids and back. Without BOS and EOS: whoever builds a document adds them.
+
+    `exact` says whether a literal U+2581 in a text is kept, by its bytes; else it is read as a
+    space, as SentencePiece does.
+    """
 
     def __init__(self, model: bytes, name: str = "the model"):
         """Takes a serialized SentencePiece model; `name` stands for it in messages.
@@ -98,6 +102,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, DecodeError) as error:
             raise UserError(f"{name} is not a SentencePiece model; train one anew.") from error
+        self.exact = is_exact(proto)
         kinds = ModelProto.SentencePiece
         self._bytes = [_piece_bytes(piece) for piece in proto.pieces]
         self._byte_ids = {
@@ -108,7 +113,7 @@ class Tokenizer:
             for i, piece in enumerate(proto.pieces)
             if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
         }
-        if self.decode(self.encode(_ROUND_TRIP_PROBE)) != _ROUND_TRIP_PROBE:
+        if self.decode(self.encode(_ROUND_TRIP_PROBE)) != self._read(_ROUND_TRIP_PROBE):
             raise UserError(
                 f"{name} changes text (it normalises, or has no bytes to fall back on), but every "
                 "text has to come back byte for byte; train one with `gemma-jax tokenizer train`."
@@ -164,6 +169,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Encodes many texts at once, on `threads` threads outside of Python's lock."""
+        return self._spell([self._read(text) for text in texts], threads)
+
+    def spell(self, text: str) -> list[int]:
+        """Ids that `decode` turns into `text`, a literal U+2581 kept whether `exact` or not."""
+        return self._spell([text], 1)[0]
+
+    def _spell(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         fragments: list[str] = []
         plans: list[list[int | None]] = []  # None takes the next fragment, an int is a byte piece
         for text in texts:
@@ -201,9 +213,13 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: UTF-8 bytes that each id stands for, 0 for control pieces.
 
-        Sums over `encode(text)` to exactly `len(text.encode())`.
+        Sums over `encode(text)` to exactly `len(text.encode())`, U+2581 read as `exact` says.
         """
         return np.array([len(piece) for piece in self._bytes], np.int32)
+
+    def _read(self, text: str) -> str:
+        """The text that `decode` gives back."""
+        return text if self.exact else text.replace(SPACE, " ")
 
     def _plan(self, text: str, fragments: list[str]) -> list[int | None]:
         plan: list[int | None] = []
@@ -217,102 +233,16 @@ class Tokenizer:
         return plan
 
 
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: str | Path) -> Tokenizer:
-    """Trains a BPE model on a sample of `texts` and writes it to `path`.
-
-    The same documents in any order give the same bytes. All of `texts` is read; memory holds the
-    sample alone.
-
-    Raises:
-      UserError: if the vocabulary is too large or too small for the sample, or there is another
-        tokenizer at `path`.
-    """
-    there = Path(path).read_bytes() if Path(path).is_file() else None
-    if there is not None and Tokenizer(there, str(path)).vocab_size != config.vocab_size:
-        raise _is_taken(path)  # at once: training would take a while
-    sample = _sample(texts, config)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(sample),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=config.vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            character_coverage=config.character_coverage,
-            max_sentence_length=1 << 30,
-            pad_id=PAD,
-            eos_id=EOS,
-            bos_id=BOS,
-            unk_id=UNK,
-            pad_piece="<pad>",
-            eos_piece="<eos>",
-            bos_piece="<bos>",
-            unk_piece="<unk>",
-            control_symbols=list(_CONTROL_PIECES),
-            user_defined_symbols=list(_WHITESPACE_PIECES),
-            minloglevel=3,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise _training_error(str(error), config) from error
-    tokenizer = Tokenizer(model.getvalue(), str(path))
-    if there is None:
-        tokenizer.save(path)
-    elif tokenizer.model != there:
-        raise _is_taken(path)
-    return tokenizer
+def is_exact(proto: ModelProto) -> bool:
+    """Whether a model was trained here, or marked as such: its trainer's record says so."""
+    spec = proto.trainer_spec
+    return (tuple(spec.control_symbols), tuple(spec.user_defined_symbols)) == _EXACT_SYMBOLS
 
 
-def _is_taken(path: str | Path) -> UserError:
-    return UserError(
-        f"{path} is another tokenizer already, of other text or settings; choose another path, or "
-        "delete that file."
-    )
-
-
-def _training_error(message: str, config: TokenizerConfig) -> Exception:
-    if found := re.search(r"too high.*<= (\d+)", message):
-        return UserError(
-            f"vocab_size {config.vocab_size} is too large for this corpus, which supports at most "
-            f"{found[1]}; set vocab_size to {found[1]} or less, or give more text."
-        )
-    if found := re.search(r"required_chars.*?(\d+) vs (\d+)", message, re.DOTALL):
-        return UserError(
-            f"vocab_size {config.vocab_size} is too small for the characters of this corpus, which "
-            f"take {found[2]}; set vocab_size above that, or lower "
-            "character_coverage."
-        )
-    if "!sentences_.empty()" in message or "empty" in message.lower():
-        return UserError("the corpus has no text to train a tokenizer on; give more documents.")
-    return RuntimeError(f"SentencePiece failed to train: {message}")
-
-
-def _sample(texts: Iterable[str], config: TokenizerConfig) -> list[str]:
-    """The documents with the smallest hashes that fill `sample_bytes`, in the order of hashes."""
-    heap, held = list[tuple[int, int, str]](), 0
-    key = config.seed.to_bytes(8, "little", signed=True)
-    for text in texts:
-        data = text.encode()
-        priority = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
-        if held >= config.sample_bytes and -priority <= heap[0][0]:
-            continue
-        heapq.heappush(heap, (-priority, len(data), text))
-        held += len(data)
-        while held - heap[0][1] >= config.sample_bytes:
-            held -= heapq.heappop(heap)[1]
-    return [text for _, _, text in sorted(heap, reverse=True)]
-
-
-def _lines(texts: Iterable[str]) -> Iterable[str]:
-    for text in texts:
-        for line in re.split(f"[\n\t\x00{SPACE}]+", text):
-            if line:
-                yield line
+def mark_exact(proto: ModelProto) -> None:
+    """Writes into a model what `is_exact` looks for; its hash changes with it."""
+    proto.trainer_spec.control_symbols.extend(CONTROL_PIECES)
+    proto.trainer_spec.user_defined_symbols.extend(WHITESPACE_PIECES)
 
 
 def _tame(proto: ModelProto) -> bool:

@@ -27,7 +27,8 @@ from gemma_jax.data.token_set import (
     TokenSet,
     token_dtype,
 )
-from gemma_jax.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerConfig, train_tokenizer
+from gemma_jax.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerConfig
+from gemma_jax.data.tokenizer_training import train_tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.progress import progress
 from gemma_jax.settings import check_types

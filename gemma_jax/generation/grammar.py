@@ -112,7 +112,7 @@ class GrammarTokenizer:
     def __call__(self, text: str | bytes) -> list[int]:
         if isinstance(text, bytes):
             text = text.decode("utf-8", errors="replace")
-        return self._tokenizer.encode(text)
+        return self._tokenizer.spell(text)  # what a grammar wants is wanted to the letter
 
 
 class GrammarMatcher:

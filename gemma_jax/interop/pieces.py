@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-from gemma_jax.data.tokenizer import BOS, CONTROL_NAME, EOS, PAD, UNK, Tokenizer
+from gemma_jax.data.tokenizer import BOS, CONTROL_NAME, EOS, PAD, UNK, Tokenizer, mark_exact
 from gemma_jax.errors import UserError
 
 # The types of pieces have the same numbers in SentencePiece and in llama.cpp.
@@ -12,9 +12,17 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def build(
-    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], name: str
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    name: str,
+    *,
+    exact: bool = False,
 ) -> Tokenizer:
-    """A tokenizer of these pieces; Gemma's control pieces above UNK become user-defined ones."""
+    """A tokenizer of these pieces; Gemma's control pieces above UNK become user-defined ones.
+
+    `exact`: see `Tokenizer`; SentencePiece's way unless the file says that it was trained here.
+    """
     name = f"the tokenizer of {name}"
     _check_pieces(pieces, types, name)
     proto = ModelProto()
@@ -35,6 +43,8 @@ def build(
         elif i > UNK and kind == CONTROL and CONTROL_NAME.fullmatch(piece):
             kind = USER_DEFINED
         proto.pieces.add(piece=piece, score=score, type=kind)
+    if exact:
+        mark_exact(proto)
     return Tokenizer(proto.SerializeToString(deterministic=True), name)
 
 

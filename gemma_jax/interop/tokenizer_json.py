@@ -111,8 +111,8 @@ def dumps(tokenizer: Tokenizer) -> str:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
-def load(path: Path) -> Tokenizer:
-    """The SentencePiece model of a file, with its ids.
+def load(path: Path, *, exact: bool = False) -> Tokenizer:
+    """The SentencePiece model of a file, with its ids; `exact` as in `Tokenizer`.
 
     Raises:
       UserError: if the file is not a BPE that SentencePiece can say.
@@ -131,7 +131,8 @@ def load(path: Path) -> Tokenizer:
         if isinstance(error, UserError):
             raise
         raise _refused(path, f"it cannot be read ({error!r})") from error
-    return build(pieces, _scores(pieces, types, merges, path), types, str(path))
+    scores = _scores(pieces, types, merges, path)
+    return build(pieces, scores, types, str(path), exact=exact)
 
 
 def _merges(

@@ -3,6 +3,8 @@
 GGUF keeps the pieces, scores and types of a SentencePiece model, with two changes: pieces that
 Gemma holds as user-defined, so that their names are matched in texts, are control pieces there,
 and user-defined runs of spaces hold spaces. Hugging Face's tokenizer.json: see tokenizer_json.py.
+Neither can say what a tokenizer trained here does with a literal U+2581 (`Tokenizer.exact`), so a
+key of our own does; without it texts are read in SentencePiece's way.
 """
 
 from collections.abc import Mapping
@@ -19,6 +21,8 @@ from gemma_jax.interop import tokenizer_json
 from gemma_jax.interop.pieces import CONTROL, UNUSED, USER_DEFINED, build, read
 
 _KEY = "tokenizer.ggml."
+_EXACT_GGUF, _EXACT_HF = "gemma_jax.exact_tokenizer", "gemma_jax_exact"
+_CONFIG = "tokenizer_config.json"
 
 
 def from_gguf(fields: Mapping[str, Any], name: str) -> Tokenizer:
@@ -55,7 +59,8 @@ def from_gguf(fields: Mapping[str, Any], name: str) -> Tokenizer:
         pieces, scores, types = pieces[:-1], scores[:-1], types[:-1]
     for i in np.flatnonzero(types == USER_DEFINED):
         pieces[i] = pieces[i].replace(" ", SPACE)
-    return build(pieces, scores.tolist(), types.tolist(), name)
+    exact = fields.get(_EXACT_GGUF) is True
+    return build(pieces, scores.tolist(), types.tolist(), name, exact=exact)
 
 
 def to_gguf(tokenizer: Tokenizer, vocab_size: int | None = None) -> dict[str, Any]:
@@ -91,11 +96,11 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int | None = None) -> dict[str, An
         "add_eos_token": False,
         "add_space_prefix": False,
     }
-    chat: dict[str, Any] = {}
+    others: dict[str, Any] = {_EXACT_GGUF: True} if tokenizer.exact else {}
     if has_turn_pieces(tokenizer):
         fields["eot_token_id"] = END_OF_TURN
-        chat["tokenizer.chat_template"] = CHAT_TEMPLATE
-    return {_KEY + key: value for key, value in fields.items()} | chat
+        others["tokenizer.chat_template"] = CHAT_TEMPLATE
+    return {_KEY + key: value for key, value in fields.items()} | others
 
 
 def to_hf(tokenizer: Tokenizer, folder: str | Path, *, context: int) -> None:
@@ -113,7 +118,7 @@ def to_hf(tokenizer: Tokenizer, folder: str | Path, *, context: int) -> None:
     content, config = tokenizer_json.dumps(tokenizer), _tokenizer_config(tokenizer, context)
     files.write_bytes(folder / MODEL_FILE, tokenizer.model)
     files.write_text(folder / tokenizer_json.FILE, content)
-    files.write_json(folder / "tokenizer_config.json", config)
+    files.write_json(folder / _CONFIG, config)
 
 
 def from_hf(folder: str | Path) -> Tokenizer:
@@ -129,7 +134,10 @@ def from_hf(folder: str | Path) -> Tokenizer:
         return tokenizer
     path = folder / tokenizer_json.FILE
     if path.exists():
-        return tokenizer_json.load(path)
+        config = {}
+        if (folder / _CONFIG).exists():
+            config = files.read_json(folder / _CONFIG, "the tokenizer's settings")
+        return tokenizer_json.load(path, exact=config.get(_EXACT_HF) is True)
     raise UserError(
         f"there is neither {MODEL_FILE} nor {path.name} in {folder}; add the model's tokenizer to "
         "the folder."
@@ -153,6 +161,8 @@ def _tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
         "padding_side": "left",
         "model_max_length": context,
     }
+    if tokenizer.exact:
+        config[_EXACT_HF] = True
     if has_turn_pieces(tokenizer):
         config["chat_template"] = MARKED_CHAT_TEMPLATE
     return config

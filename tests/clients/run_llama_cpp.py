@@ -4,7 +4,8 @@ A job is {"model": file, "tokens": [[id, ...], ...], "out": folder}. For text i 
 out/logits_i.npy [T, V], or with "losses": true out/losses_i.npy [T - 1], the nats of each token
 after the first; where llama.cpp refuses the model, out/error.txt. Keys and values are kept
 in float32, all else is its default. {"quantize": "q4_0" | "q8_0", "rows": file.npy, "out": folder}
-writes out/blocks.npy instead, the bytes of its own quantiser.
+writes out/blocks.npy instead, the bytes of its own quantiser. {"model": file, "texts": [text, ...],
+"out": folder} writes out/ids.json, the ids of each without BOS.
 
 xllamacpp's server gives no logits of a prompt, so this calls the C library inside that package.
 Structures passed by value are blobs: only the fields named below are known, and their defaults are
@@ -57,6 +58,10 @@ def library() -> ctypes.CDLL:
         ("llama_init_from_model", pointer, pointer, Params),
         ("llama_model_get_vocab", pointer, pointer),
         ("llama_vocab_n_tokens", ctypes.c_int32, pointer),
+        (
+            *("llama_tokenize", ctypes.c_int32, pointer, ctypes.c_char_p, ctypes.c_int32),
+            *(ctypes.POINTER(ctypes.c_int32), ctypes.c_int32, ctypes.c_bool, ctypes.c_bool),
+        ),
         ("llama_batch_init", Batch, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32),
         ("llama_decode", ctypes.c_int32, pointer, Batch),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), pointer),
@@ -103,6 +108,15 @@ def logits(lib: ctypes.CDLL, model: int, ids: list[int]) -> np.ndarray:
     return values
 
 
+def tokenise(lib: ctypes.CDLL, vocabulary: int, text: bytes) -> list[int]:
+    """Names of control pieces stay text."""
+    room = (ctypes.c_int32 * (len(text) + 8))()
+    count = lib.llama_tokenize(vocabulary, text, len(text), room, len(room), False, False)
+    if count < 0:
+        raise ValueError(f"llama.cpp wants {-count} tokens for {len(text)} bytes")
+    return list(room[:count])
+
+
 def run(job: dict) -> None:
     lib, out = library(), Path(job["out"])
     if "quantize" in job:
@@ -118,6 +132,11 @@ def run(job: dict) -> None:
     )
     if not model:
         (out / "error.txt").write_text("llama.cpp does not load the model\n")
+        return
+    if "texts" in job:
+        vocabulary = lib.llama_model_get_vocab(model)
+        ids = [tokenise(lib, vocabulary, text.encode()) for text in job["texts"]]
+        (out / "ids.json").write_text(json.dumps(ids))
         return
     for i, ids in enumerate(job["tokens"]):
         values = logits(lib, model, ids)

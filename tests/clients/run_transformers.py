@@ -2,7 +2,8 @@
 
 A job is {"model": folder, "tokens": [[id, ...], ...], "out": folder, "hidden": bool}. For text i
 it writes out/logits_i.npy [T, V] and, if asked, out/hidden_i.npy [layers + 1, T, D]: the embedding
-and what each layer returns, without the final norm. Knows nothing of gemma_jax.
+and what each layer returns, without the final norm. With "texts": [text, ...] in the place of
+"tokens" it writes out/ids.json instead, the ids of each without BOS. Knows nothing of gemma_jax.
 """
 
 import json
@@ -44,11 +45,19 @@ def run(job: dict) -> None:
             np.save(out / f"hidden_{i}.npy", torch.stack([s[0] for s in states]).numpy())
 
 
+def tokenise(job: dict) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
+    out = Path(job["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ids.json").write_text(json.dumps(ids))
+
+
 def main() -> None:
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     with torch.inference_mode():
         for job in json.loads(Path(sys.argv[1]).read_text()):
-            run(job)
+            (tokenise if "texts" in job else run)(job)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import random
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import real_files
 from clients import clients
 from clients.prompts import PROMPTS
+from goldens.tokenizer_cases import SPACE_MARKS, TEXTS
 
 from gemma_jax import runs
 from gemma_jax.data.tokenizer import BOS
@@ -49,6 +53,29 @@ def tokens(loaded: runs.LoadedModel) -> list[list[int]]:
     assert len(ids) >= 25
     assert len(ids[-1]) > loaded.model.config.sliding_window + 200
     return ids
+
+
+def test_ids(folder: Path, loaded: runs.LoadedModel) -> None:
+    """Of odd texts with literal U+2581. llama.cpp finds runs of spaces before it writes U+2581 for
+    them, so it gives a run that holds such a character one id for each."""
+    rng = random.Random(0)
+    parts = ["\u2581", "\u2581" * 5, " ", "   ", "a", "the", "\n", "1", "é", "🙂", "\x00", "<h1>"]
+    drawn = ["".join(rng.choices(parts, k=rng.randrange(12))) for _ in range(500)]
+    texts = [*TEXTS, *SPACE_MARKS, *drawn]
+    ours = loaded.tokenizer.encode_batch(texts)
+    export_model(folder / "run", folder / "ids.gguf", format="gguf", dtype="q8_0")
+    theirs = {}
+    for client, model in (("transformers", "hf"), ("llama_cpp", "ids.gguf")):
+        out = folder / f"{client}-ids"
+        job = {"model": str(folder / model), "texts": texts, "out": str(out)}
+        clients.run(client, [job], folder)
+        theirs[client] = json.loads((out / "ids.json").read_text())
+    assert theirs["transformers"] == ours
+    same = [not re.search("\u2581[\u2581 ]| \u2581", text) for text in texts]
+    assert sum("\u2581" in text and alike for text, alike in zip(texts, same, strict=True)) > 20
+    for text, alike, ids, other in zip(texts, same, ours, theirs["llama_cpp"], strict=True):
+        assert (ids == other) == alike, text
+        assert loaded.tokenizer.decode(other) == text.replace("\u2581", " ")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gemma_jax.data import tokenizer as tokenizer_module
+from gemma_jax.data import tokenizer_training
 from gemma_jax.data.line_encoder import LineEncoder
 from gemma_jax.data.tokenizer import (
     BOS,
@@ -18,8 +19,8 @@ from gemma_jax.data.tokenizer import (
     UNK,
     Tokenizer,
     TokenizerConfig,
-    train_tokenizer,
 )
+from gemma_jax.data.tokenizer_training import train_tokenizer
 from gemma_jax.errors import UserError
 
 TEXTS = [
@@ -136,7 +137,7 @@ def test_training_is_repeatable_in_any_order(tokenizer: Tokenizer, tmp_path) -> 
 
 def test_sample_is_bounded_and_keyed_by_the_seed() -> None:
     def draw(seed: int) -> list[str]:
-        return tokenizer_module._sample(TEXTS, TokenizerConfig(sample_bytes=2000, seed=seed))
+        return tokenizer_training._sample(TEXTS, TokenizerConfig(sample_bytes=2000, seed=seed))
 
     size = sum(len(text.encode()) for text in draw(0))
     assert 2000 <= size < 2000 + max(len(text.encode()) for text in TEXTS)
@@ -208,8 +209,8 @@ def test_a_model_that_matches_turn_names_in_text_is_tamed(tmp_path) -> None:
     untamed = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     assert untamed.encode(names[0]) == tamed.encode(names[0], control=True) == [START_OF_TURN]
     assert tamed.token_bytes()[[START_OF_TURN, END_OF_TURN]].sum() == 0
-    for text in NASTY:
-        check_round_trip(tamed, text)
+    for text in NASTY:  # a model from elsewhere: U+2581 is a space
+        check_round_trip(tamed, text.replace("\u2581", " "))
 
 
 def test_a_model_that_changes_text_is_refused(tmp_path) -> None:

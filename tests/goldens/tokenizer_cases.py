@@ -52,6 +52,23 @@ CONTROL_TEXTS = [
     "<start_of_turn <start_of_turn>> [[multimodal]] <<bos>",
 ]
 
+# SentencePiece writes U+2581 for a space, and reads one in a text as a space.
+SPACE_MARKS = [
+    "\u2581",
+    "\u2581\u2581",
+    "\u2581" * 31,
+    "\u2581" * 40,
+    "\u2581literal\u2581\u2581",
+    "a\u2581b \u2581c\u2581 d \u2581 e\u2581\u2581 \u2581f",
+    " \u2581",
+    "\u2581 ",
+    "\n\u2581\n\u2581\u2581\t\u2581",
+    "def f(x):\n\u2581\u2581\u2581\u2581return x",
+    "1\u25812\u2581\u258134",
+    "\u2580\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588 a bar chart",
+    "\u0301\u2581\u0301 🙂\u2581🙂",
+]
+
 CHATS = [
     [{"role": "user", "content": "Hi"}],
     [

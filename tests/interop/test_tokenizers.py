@@ -7,15 +7,17 @@ and on Google's own files for the real one.
 import hashlib
 import io
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import real_files
 import sentencepiece
-from goldens.tokenizer_cases import CHATS, CONTROL_TEXTS, TEXTS
+from goldens.tokenizer_cases import CHATS, CONTROL_TEXTS, SPACE_MARKS, TEXTS
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from gemma_jax.data import tokenizer as tokenizer_module
 from gemma_jax.data.chat import encode_chat
 from gemma_jax.data.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
@@ -24,8 +26,8 @@ from gemma_jax.interop.tokenizers import from_gguf, from_hf, to_gguf, to_hf
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 IDS = json.loads((GOLDENS / "tokenizers.json").read_text())
-UNUSUAL = [*TEXTS, *CONTROL_TEXTS, "\u2581literal\u2581\u2581", "<unk><image_soft_token><unused99>"]
-KEY = "tokenizer.ggml."
+UNUSUAL = [*TEXTS, *CONTROL_TEXTS, *SPACE_MARKS, "<unk><image_soft_token><unused99>"]
+KEY, EXACT = "tokenizer.ggml.", "gemma_jax.exact_tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,12 @@ def real() -> Tokenizer:
 
 def check_equal(a: Tokenizer, b: Tokenizer) -> None:
     assert a.vocab_size == b.vocab_size
+    assert a.exact == b.exact
     for text in UNUSUAL:
         ids = a.encode(text)
         assert b.encode(text) == ids, text
-        assert a.decode(ids) == b.decode(ids) == text
+        kept = text if a.exact else text.replace("\u2581", " ")
+        assert a.decode(ids) == b.decode(ids) == kept
         assert a.encode(text, control=True) == b.encode(text, control=True)
     assert np.array_equal(a.token_bytes(), b.token_bytes())
     assert a.control_ids == b.control_ids
@@ -56,6 +60,22 @@ def check_goldens(tokenizer: Tokenizer, name: str) -> None:
     )
 
 
+def check_reads_as_sentencepiece(tokenizer: Tokenizer) -> None:
+    """On texts with a literal U+2581, which it takes for a space."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    rng = random.Random(0)
+    parts = ["\u2581", "\u2581", "\u2581" * 5, " ", "   ", "a", "the", "\n", "\t", "1", "é", "🙂"]
+    parts += ["\u0301", "\x00", "<", "<h1>", "\u2582", "\ufffd", "ing", "."]
+    drawn = ["".join(rng.choices(parts, k=rng.randrange(12))) for _ in range(2000)]
+    texts = [*SPACE_MARKS, *TEXTS, *drawn]
+    assert not tokenizer.exact
+    assert tokenizer.encode_batch(texts) == processor.encode(texts)
+    for text in SPACE_MARKS:
+        ids = tokenizer.spell(text)
+        assert tokenizer.decode(ids) == text
+        assert ("\u2581" in text) == (ids != tokenizer.encode(text)), text
+
+
 def from_json(folder: Path) -> Tokenizer:
     (folder / "tokenizer.model").unlink()
     return from_hf(folder)
@@ -63,6 +83,28 @@ def from_json(folder: Path) -> Tokenizer:
 
 def test_gguf_there_and_back(tiny: Tokenizer) -> None:
     check_equal(tiny, from_gguf(to_gguf(tiny), "a.gguf"))
+
+
+def test_a_foreign_tokenizer_reads_as_sentencepiece(
+    tiny: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was trained here stays exact, in files that say so."""
+    assert tiny.exact
+    assert tiny.decode(tiny.encode("\u2581a")) == "\u2581a"
+    fields = to_gguf(tiny)
+    ours = from_gguf(fields, "a.gguf")
+    assert fields.pop(EXACT) is True
+    foreign = from_gguf(fields, "a.gguf")
+    assert foreign.hash != ours.hash
+    check_reads_as_sentencepiece(foreign)
+    check_equal(foreign, from_gguf(to_gguf(foreign), "a.gguf"))
+    to_hf(foreign, tmp_path, context=512)
+    check_equal(foreign, from_hf(tmp_path))
+    check_equal(foreign, from_json(tmp_path))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=foreign.model)
+    long = "x".join(SPACE_MARKS * 20)
+    monkeypatch.setattr(tokenizer_module, "_CUT_CHARS", 50)  # long texts are cut
+    assert foreign.encode(long) == processor.encode(long)
 
 
 def test_rows_without_a_piece_are_unused_pieces(tiny: Tokenizer) -> None:
@@ -89,7 +131,11 @@ def test_gguf_says_what_llama_cpp_needs(tiny: Tokenizer) -> None:
 def test_hf_there_and_back(tiny: Tokenizer, tmp_path: Path) -> None:
     to_hf(tiny, tmp_path, context=512)
     assert from_hf(tmp_path).hash == tiny.hash
-    check_equal(tiny, from_json(tmp_path))
+    again = from_json(tmp_path)
+    check_equal(tiny, again)
+    assert again.hash == from_gguf(to_gguf(tiny), "a.gguf").hash
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert not from_hf(tmp_path).exact
 
 
 def test_merges_as_strings_are_read(tiny: Tokenizer, tmp_path: Path) -> None:
@@ -228,6 +274,7 @@ class TestReal:
         check_goldens(real, "real")
         processor = sentencepiece.SentencePieceProcessor(model_proto=real.model)
         assert [processor.encode(text) for text in TEXTS] == IDS["real"]["texts"]
+        check_reads_as_sentencepiece(real)
 
     def test_conversations_are_googles(self, real: Tokenizer) -> None:
         for key, prompt in (("chats", False), ("chats_with_prompt", True)):
