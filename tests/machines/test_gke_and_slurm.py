@@ -1,6 +1,7 @@
 """GKE over a stand-in of xpk, SLURM over stand-ins of sbatch and, for its script, of srun."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def test_the_script_runs_one_point_on_every_node(script, checkout: Path, run) ->
 
 
 def test_the_script_queues_itself_again_after_a_preemption(script) -> None:
-    both = f"{PREEMPTED_CODE} {PREEMPTED_CODE}"
+    both = f"{PREEMPTED_CODE} {128 + signal.SIGTERM}"  # the second did not listen yet
     code, out = script(both, SLURM_RESTART_COUNT="2")
     assert (code, out.splitlines()[-1]) == (0, "scontrol requeue 17_1")
     code, out = script(both, SLURM_RESTART_COUNT="3")
