@@ -9,7 +9,7 @@ from command_line import EXPERIMENT
 
 from gemma_jax import cli, files
 from gemma_jax.distill.objective import Distill
-from gemma_jax.errors import UserError
+from gemma_jax.errors import INTERRUPTED_CODE, PREEMPTED_CODE, Terminated, UserError
 from gemma_jax.experiment import Experiment, TeacherRun
 from gemma_jax.model.config import tiny
 from gemma_jax.plan import compiling, run, search, table
@@ -208,6 +208,7 @@ def test_the_command(here, monkeypatch, capsys):
         ("--topology v5e:2x4 --set mesh.fsdp=3", "does not fit 8 device"),
         ("--topology v5e:2x4 --set batch_tokens=96", "does not divide by the 8 devices"),
         ("--topology v5e:2x4 --step decode --rows 3", "power of two"),
+        ("--device v5e:8 --step decode --rows 3", "power of two"),
         ("--topology v5e:2x4 --point c", "there is no point 'c'"),
         ("--topology v5e:2x4 --step teacher --set objective=Distill(shards='s')", "who teaches"),
     ],
@@ -221,6 +222,21 @@ def test_wrong_input_gets_a_sentence(here, monkeypatch, capsys, options, words):
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt, INTERRUPTED_CODE), (Terminated, PREEMPTED_CODE)]
+)
+def test_a_signal_ends_it_with_the_code_of_every_verb(here, monkeypatch, stop, code):
+    def stopped(*_):
+        raise stop
+
+    monkeypatch.setattr(run, "plan", stopped)
+    monkeypatch.chdir(here)
+    (here / "exp.py").write_text(EXPERIMENT)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "exp.py", "--topology", "v5e:2x4"])
+    assert ended.value.code == code
 
 
 def test_a_file_without_an_experiment(here, monkeypatch, capsys):
