@@ -68,6 +68,7 @@ def test_a_sweep_on_gke_is_a_workload_a_point(cloud, run, monkeypatch) -> None:
     ("line", "said"),
     [
         (f"{GKE} -- train mine.py", "give --storage and --mount"),
+        (f"{GKE} --storage s --mount x -- train mine.py", "--mount x must be a path from the root"),
         (f"{GKE} --storage s -- train mine.py", "go together"),
         (f"{GKE.replace('v5litepod', 'v9')} {SHARED} -- train mine.py", "v9-16"),
         (f"{GKE} {SHARED} -- train ignored.py", "would not reach"),
