@@ -12,6 +12,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ def is_remote(path: str | Path) -> bool:
 def place(path: str | Path) -> Path:
     """The path, in a bucket where it names one."""
     if not is_remote(path):
+        if re.match(r"[A-Za-z][A-Za-z0-9+]+:/", str(path)):
+            raise UserError(f"{path} is no path here; of buckets gs://BUCKET/... are known.")
         return Path(path)
+    if not str(path).removeprefix(_SCHEME).strip("/"):
+        raise UserError(f"{path} names no bucket; write gs://BUCKET/...")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(
             f"{path} is in a bucket, which needs the package gcsfs: start with "

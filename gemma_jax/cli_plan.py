@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from gemma_jax import report
-from gemma_jax.errors import Interrupted, UserError
+from gemma_jax.errors import Interrupted, Preempted, Terminated, UserError
 
 
 def plan(arguments: argparse.Namespace, experiment: Any) -> None:
@@ -39,5 +39,6 @@ def plan(arguments: argparse.Namespace, experiment: Any) -> None:
             found["tried"] = tried
             text += "\n\n" + table.advice(tried, fits)
         report.emit(arguments, found, text)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; what was compiled is kept, and not compiled again.") from None
+    except KeyboardInterrupt as stop:
+        kind = Preempted if isinstance(stop, Terminated) else Interrupted
+        raise kind("stopped; what was compiled is kept, and not compiled again.") from None

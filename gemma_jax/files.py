@@ -167,6 +167,20 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines, in order; none of one that is not there. A line that was
+    cut off, by a crash say, or damaged is left out."""
+    found = []
+    for line in read_bytes(path).splitlines() if path.exists() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
 @contextlib.contextmanager
 def locked(
     folder: Path, refusal: Callable[[str], Exception] | None = None, *, name: str = ".lock"

@@ -32,7 +32,7 @@ def replay(experiment: Experiment, step: int) -> dict[str, Any]:
       the layers (without dropout) and the first `gradient` that is not, None where all are.
     """
     runs.check_claim(experiment.folder, experiment)
-    with runs.held(experiment.folder):
+    with runs.alone(experiment.folder):
         job = build(experiment)
         if not 1 <= step <= job.num_steps:
             raise UserError(f"--replay {step} is outside of the run's steps, 1 to {job.num_steps}.")

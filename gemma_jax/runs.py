@@ -38,6 +38,7 @@ from gemma_jax.data.token_set import MANIFEST_FILE
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.files import locked, read_json, write_json
+from gemma_jax.hosts import is_first
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import checked_fields, differences, override, to_json
@@ -86,22 +87,36 @@ def held(folder: Path) -> Iterator[Callable[[], float]]:
         yield lambda: time.time() - began
         return
 
+    with alone(folder):
+        before = _claim_of(folder)
+        # Its checkpoints may be on a disk that is not there now.
+        has_begun = before is not None and bool(read_metrics(folder))
+        earlier = (before or {}).get("earlier_s", 0)
+        try:
+            yield lambda: earlier + time.time() - began
+        except UserError:
+            if not has_begun:
+                _let_go(folder)
+            raise
+        finally:
+            # A disk that is full has ended the run, and its sentence is the one to be read.
+            with contextlib.suppress(UserError):
+                if not (folder / RESULT).exists() and (claim := _claim_of(folder)) is not None:
+                    claim["earlier_s"] = round(earlier + time.time() - began, 1)
+                    write_json(folder / EXPERIMENT, claim)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run folder; of several hosts the first does it."""
+
     def refusal(process: str) -> UserError:
         return UserError(
             f"{folder} is being trained by process {process}; wait for it, or stop it."
         )
 
-    with locked(folder, refusal, name=LOCK):
-        earlier = (_claim_of(folder) or {}).get("earlier_s", 0)
-        try:
-            yield lambda: earlier + time.time() - began
-        except UserError:
-            _let_go(folder)
-            raise
-        finally:
-            if not (folder / RESULT).exists() and (claim := _claim_of(folder)) is not None:
-                claim["earlier_s"] = round(earlier + time.time() - began, 1)
-                write_json(folder / EXPERIMENT, claim)
+    with locked(folder, refusal, name=LOCK) if is_first() else contextlib.nullcontext():
+        yield
 
 
 def _let_go(folder: Path) -> None:

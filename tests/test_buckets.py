@@ -14,6 +14,7 @@ from command_line import BUILD, command, ended, write_inputs
 from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 
+from gemma_jax.buckets import place
 from gemma_jax.errors import UserError
 from gemma_jax.files import compilation_cache, locked, write_json
 
@@ -128,6 +129,9 @@ def test_half_a_checkpoint_in_a_bucket_is_none(bucket, tmp_path, monkeypatch):
 def test_nothing_else_is_written_to_a_bucket(tmp_path):
     with pytest.raises(UserError, match="is in a bucket, where finished data are read"):
         write_json("gs://bucket/a.json", {})
+    for path in ("s3://bucket/a", "gs:/bucket/a", "gs://"):
+        with pytest.raises(UserError, match="gs://BUCKET/"):
+            place(path)
     with (
         pytest.raises(UserError, match="is in a bucket, where finished data are read"),
         locked(Path("gs://bucket/a")),

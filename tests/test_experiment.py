@@ -19,7 +19,7 @@ from gemma_jax.data.packing import packed_sequences
 from gemma_jax.data.tokenizer import TokenizerConfig
 from gemma_jax.data.tokens import Corpus
 from gemma_jax.distill.objective import Distill
-from gemma_jax.errors import Interrupted, UserError
+from gemma_jax.errors import Interrupted, Preempted, UserError
 from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.experiment import Experiment, TeacherRun, prepare_shards, run
 from gemma_jax.experiment_file import load_file
@@ -179,6 +179,28 @@ def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):
     with runs.held(tmp_path) as seconds:
         assert seconds() == 105.0
         runs.write_result(tmp_path, {})
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_has_begun_keeps_its_settings_when_it_is_refused(tmp_path, begun):
+    """Its checkpoints may be on a disk that is away; one that has not lets go of the folder."""
+    runs.claim(tmp_path, {"name": "x"})
+    if begun:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
+    with pytest.raises(UserError, match="away"), runs.held(tmp_path):
+        raise UserError("it is away.")
+    assert (tmp_path / "experiment.json").exists() == begun
+
+
+def test_a_full_disk_is_told_by_what_met_it_first(tmp_path, monkeypatch):
+    runs.claim(tmp_path, {"name": "x"})
+
+    def refuse(path, value):
+        raise UserError("another sentence")
+
+    monkeypatch.setattr(runs, "write_json", refuse)
+    with pytest.raises(Preempted, match="saved"), runs.held(tmp_path):
+        raise Preempted("saved")
 
 
 def test_finished_shards_need_their_teacher_no_more(base, result):

@@ -19,6 +19,12 @@ def check_accelerator(text: str) -> str:
     """Refuses what is no type, before anything is asked for."""
     generation, _, size = text.partition("-")
     if generation in _GENERATIONS and size.isdecimal() and int(size) > 0:
+        chips, rest = divmod(int(size), _GENERATIONS[generation][1])
+        if rest or (chips not in (1, 2) and chips % 4):
+            raise UserError(
+                f"--type {text}: no slice has that many chips; machines have 4 of them, as in "
+                f"{generation}-{16 * _GENERATIONS[generation][1]}."
+            )
         return text
     if generation in ("v5e", "v5lite"):
         raise UserError(f"--type {text}: Cloud TPU calls it v5litepod-{size or 16}.")

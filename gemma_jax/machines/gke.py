@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from gemma_jax.errors import PREEMPTED_CODE, UserError
 from gemma_jax.machines.accelerators import check_accelerator
-from gemma_jax.machines.job import Job, check_name, names_of_points
+from gemma_jax.machines.job import Job, check_name, check_zone, names_of_points
 from gemma_jax.machines.shell import Shell
 
 _GRACE_S = 120  # to save after the notice
@@ -46,10 +46,16 @@ class Cluster:
     shell: Shell = dataclasses.field(default_factory=Shell)
 
     def __post_init__(self) -> None:
+        check_zone(self.zone)
         if (self.storage is None) != (self.mount is None):
             raise UserError(
                 "--storage (its name in xpk) and --mount (the path where it is mounted) go "
                 "together; give both."
+            )
+        if self.mount is not None and not PurePosixPath(self.mount).is_absolute():
+            raise UserError(
+                f"--mount {self.mount} must be a path from the root of the containers, such as "
+                "/shared."
             )
 
     def run(self, name: str, job: Job, workload: Workload) -> None:

@@ -62,7 +62,8 @@ def check_bucket(text: str) -> str:
     """`gs://NAME` or `gs://NAME/FOLDER`, without a slash at its end."""
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+(/[^/\s]+)*/?", text):
         raise UserError(
-            f"--bucket {text} must be a place in Cloud Storage, such as gs://mine/jobs."
+            f"--bucket {text} must be a place in Cloud Storage, such as gs://mine/jobs: the name "
+            "of a bucket has small letters, digits, dots, dashes and underscores."
         )
     return text.rstrip("/")
 
@@ -75,6 +76,12 @@ def check_name(name: str, kind: str) -> str:
             "begin with a letter."
         )
     return name
+
+
+def check_zone(zone: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", zone):
+        raise UserError(f"--zone '{zone}' cannot name a zone; write it as us-west4-a.")
+    return zone
 
 
 def names_of_points(name: str, points: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_jax.errors import UserError
 from gemma_jax.machines.accelerators import check_accelerator, count_workers, runtime_version
-from gemma_jax.machines.job import Job, check_name
+from gemma_jax.machines.job import Job, check_name, check_zone
 from gemma_jax.machines.shell import Answer, Shell, reason
 
 _GONE = ("SUSPENDING", "SUSPENDED")  # of a queued resource
@@ -52,6 +52,7 @@ class Slice:
 
     def __post_init__(self) -> None:
         check_name(self.name, "slice")
+        check_zone(self.zone)
         if self.accelerator is not None:
             check_accelerator(self.accelerator)
 

@@ -30,8 +30,10 @@ if [[ $task ]]; then self=${{SLURM_ARRAY_JOB_ID}}_$task; fi
 failed=$logs/$self.failed
 rm -f "$failed"
 
-# What each node runs: it notes how it has failed, also when it was sent a signal.
+# What each node runs: it notes how it has failed, also when it was sent a signal. 143 is SIGTERM
+# before the program listened to it.
 process='trap : TERM INT; "$@"; code=$?
+  if ((code == 143)); then code={preempted}; fi
   if ((code)); then echo "$(date +%s) $SLURM_PROCID $code" >>"$0"; fi
   exit $code'
 

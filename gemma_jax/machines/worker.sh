@@ -144,6 +144,8 @@ run() { # in the background; a notice of preemption (SIGTERM) reaches the progra
     wait "$program" && exit_code=0 || exit_code=$?
     kill -0 "$program" 2>/dev/null || break
   done
+  # SIGTERM came before the program listened to it (it was being installed, say): 75 is what it says.
+  if ((exit_code == 143)); then exit_code=75; fi
   if [[ -n $pusher ]]; then
     kill -TERM -- "-$pusher" 2>/dev/null || :
     wait "$pusher" 2>/dev/null || :

@@ -39,6 +39,10 @@ class Task:
     rows: int = 1
 
     def __post_init__(self) -> None:
+        if self.kind == "decode" and self.rows & (self.rows - 1):
+            raise UserError(
+                f"--rows {self.rows} must be a power of two, as generation pads batches."
+            )
         objective = self.experiment.objective
         if self.kind == "teacher" and isinstance(objective, Distill) and self.teacher is None:
             raise UserError(
@@ -211,8 +215,6 @@ def _teacher_parts(task: Task, layout: Layout) -> dict[str, Any]:
 
 
 def _decode(task: Task, layout: Layout) -> Traced:
-    if task.rows & (task.rows - 1):
-        raise UserError(f"--rows {task.rows} must be a power of two, as generation pads batches.")
     program, params, state = trace_advance(
         Transformer(task.model),
         layout,

@@ -32,10 +32,21 @@ _COMMITTED = "commit_success.txt"  # Orbax writes it last in a bucket, where it 
 
 def checkpoints_of(folder: str | Path) -> Path:
     """Where a run folder's checkpoints are: in it, or where it says."""
-    told = Path(folder) / ELSEWHERE
+    told, here = Path(folder) / ELSEWHERE, Path(folder) / FOLDER
     if not told.exists():
-        return Path(folder) / FOLDER
-    return place(read_json(told, "the place of a run's checkpoints").get("checkpoints", ""))
+        if here.is_symlink() and not here.exists():
+            raise UserError(
+                f"{here} is a link to {here.readlink()}, which is not there; bring that back, or "
+                "remove the link to begin anew."
+            )
+        return here
+    there = read_json(told, "the place of a run's checkpoints").get("checkpoints")
+    if not isinstance(there, str) or not there:
+        raise UserError(
+            f"{told} does not say where the checkpoints are; copy it again, or remove it if they "
+            f"are in {here}."
+        )
+    return place(there)
 
 
 def keep_elsewhere(folder: Path, root: str | None, name: str) -> None:
@@ -257,7 +268,10 @@ def check_values(place: Path, parts: dict[str, Any]) -> None:
 def saved_json(place: Path, name: str) -> dict[str, Any]:
     """A JSON item of a checkpoint; nothing where it has none."""
     path = place / name / "metadata"
-    value = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        value = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
         raise ValueError(f"its {name} cannot be read")
     return value

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import jax
 
 from gemma_jax.errors import UserError
-from gemma_jax.files import write_text
+from gemma_jax.files import read_json_lines, write_text
 from gemma_jax.hosts import is_first
 from gemma_jax.training.bad_steps import Skip, Stop
 from gemma_jax.training.checkpoint import Checkpoints
@@ -23,6 +23,9 @@ _MEND = (
     "Lower optimizer.learning_rate, set optimizer.clip_norm, or leave such steps out with "
     "train.on_bad_step=Skip()."
 )
+_MEND_SKIPPED = (
+    "Lower optimizer.learning_rate, set optimizer.clip_norm, or raise Skip's most or its bounds."
+)
 
 
 type Records = dict[str, list[int]]  # what a batch is made of: numbers, by what they are of
@@ -33,8 +36,7 @@ class BadSteps:
 
     def __init__(self, folder: Path, start: int) -> None:
         self._path = folder / FILE
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._found = [one for one in map(json.loads, lines) if one["step"] <= start]
+        self._found = [x for x in read_json_lines(self._path) if x.get("step", start + 1) <= start]
 
     def add(self, found: dict[str, Any]) -> None:
         self._found.append(found)
@@ -83,7 +85,10 @@ class Lookout:
                 self._stop(said, step, position, state, math.isfinite(values["param_norm"]))
             elif in_row > self._setting.most:
                 self._checkpoints.wait()
-                raise UserError(f"{said}, the bad step number {in_row} in a row. {_MEND}")
+                raise UserError(
+                    f"{said}, the bad step number {in_row} in a row, and train.on_bad_step lets "
+                    f"{self._setting.most} pass. {_MEND_SKIPPED}"
+                )
             elif is_first():
                 print(f"{self._name}: {said}; it was skipped", file=sys.stderr)
 

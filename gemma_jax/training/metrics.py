@@ -10,7 +10,14 @@ import jax
 from tensorboardX import SummaryWriter
 
 from gemma_jax.errors import UserError
-from gemma_jax.files import Lines, disk_errors, patiently, read_json, write_json
+from gemma_jax.files import (
+    Lines,
+    disk_errors,
+    patiently,
+    read_json,
+    read_json_lines,
+    write_json,
+)
 
 FILE = "metrics.jsonl"
 
@@ -39,16 +46,7 @@ def peak_flops(device: Any = None) -> float | None:
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     """The records of a run, in order; a line cut off by a crash is left out."""
-    path = Path(folder) / FILE
-    if not path.exists():
-        return []
-    records = []
-    for line in patiently(path.read_text, path, doing="read").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return [one for one in read_json_lines(Path(folder) / FILE) if "step" in one]
 
 
 def median(records: list[dict[str, float]], name: str) -> float | None:

@@ -28,6 +28,7 @@ from gemma_jax.training.checkpoint import (
     read_item,
     saved_json,
 )
+from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.step import TrainState
 
 ASIDE = "set_aside"
@@ -76,6 +77,12 @@ def last_good(
         faults[place] = fault
     for place, fault in faults.items():  # the newest
         raise UserError(f"the checkpoint {place} {fault}; {_MEND}")
+    if up_to is None and is_first() and (records := read_metrics(folder)):
+        print(
+            f"{root} holds no checkpoint: the run had come to step {records[-1]['step']}, and "
+            "begins anew",
+            file=sys.stderr,
+        )
     return None
 
 
@@ -129,7 +136,10 @@ def _read(
     is_same: Callable[[Any], bool],
 ) -> TrainState:
     check_metrics(place)
-    settings = saved_json(place, "check").get("settings")
+    check = saved_json(place, "check")
+    if "fingerprints" not in check:
+        raise _Unfit("is damaged (its fingerprints are missing)")
+    settings = check.get("settings")
     if settings is not None and not is_same(settings):
         raise _Unfit("is of another run")
     if difference := other_model(place, "params", like.params):
@@ -139,13 +149,15 @@ def _read(
         raise _Unfit(f"is damaged (it says that it is of step {int(progress['step'])})")
     params = read_item(place, "params", like.params)
     ema = None if like.ema is None else read_item(place, "ema", like.ema)
+    watch = None
+    if like.watch is not None:
+        if not (seen := saved_json(place, "watch")):
+            raise _Unfit("is damaged (it does not say what it has seen of bad steps)")
+        watch = watch_from_json(seen, like.watch)
     position = saved_json(place, "data")
     if not position:
         raise _Unfit("is damaged (it does not say where in the data it is)")
     batches.set_state(position)
-    watch = None
-    if like.watch is not None:
-        watch = watch_from_json(saved_json(place, "watch"), like.watch)
     return TrainState(progress["step"], params, progress["opt_state"], ema, watch)
 
 

@@ -1,6 +1,7 @@
 """GKE over a stand-in of xpk, SLURM over stand-ins of sbatch and, for its script, of srun."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def test_a_sweep_on_gke_is_a_workload_a_point(cloud, run, monkeypatch) -> None:
     ("line", "said"),
     [
         (f"{GKE} -- train mine.py", "give --storage and --mount"),
+        (f"{GKE} --storage s --mount x -- train mine.py", "--mount x must be a path from the root"),
         (f"{GKE} --storage s -- train mine.py", "go together"),
         (f"{GKE.replace('v5litepod', 'v9')} {SHARED} -- train mine.py", "v9-16"),
         (f"{GKE} {SHARED} -- train ignored.py", "would not reach"),
@@ -179,7 +181,7 @@ def test_the_script_runs_one_point_on_every_node(script, checkout: Path, run) ->
 
 
 def test_the_script_queues_itself_again_after_a_preemption(script) -> None:
-    both = f"{PREEMPTED_CODE} {PREEMPTED_CODE}"
+    both = f"{PREEMPTED_CODE} {128 + signal.SIGTERM}"  # the second did not listen yet
     code, out = script(both, SLURM_RESTART_COUNT="2")
     assert (code, out.splitlines()[-1]) == (0, "scontrol requeue 17_1")
     code, out = script(both, SLURM_RESTART_COUNT="3")

@@ -131,13 +131,14 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-@pytest.mark.parametrize("code", [0, 1, PREEMPTED_CODE])
+@pytest.mark.parametrize("code", [0, 1, PREEMPTED_CODE, 128 + signal.SIGTERM])
 def test_a_command_from_setup_to_the_bucket(machine: Machine, code: int) -> None:
+    """The last is that of SIGTERM before the program listens: it is to be started again."""
     assert machine.status() == ["gemma-jax-worker", "0", "idle", "0", "0", "-"]
     machine.call("setup", "demo", "gs://bucket", "runs")
     machine.call("start", "abc", "train", str(code), "two words")
     ended = machine.wait_for("ended")
-    assert (ended[3], ended[5]) == (str(code), "abc")
+    assert (ended[3], ended[5]) == (str(code if code < 128 else PREEMPTED_CODE), "abc")
     work = machine.job / "work"
     said = f"train {code} two words in {work} with tpu\n"
     assert machine.call("log", "0") == said

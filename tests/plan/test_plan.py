@@ -4,19 +4,20 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from command_line import EXPERIMENT
 
 from gemma_jax import cli, files
 from gemma_jax.distill.objective import Distill
-from gemma_jax.errors import UserError
+from gemma_jax.errors import INTERRUPTED_CODE, PREEMPTED_CODE, Terminated, UserError
 from gemma_jax.experiment import Experiment, TeacherRun
 from gemma_jax.model.config import tiny
 from gemma_jax.plan import compiling, run, search, table
 from gemma_jax.plan.chips import CHIPS, Hardware, parse_device, parse_topology
 from gemma_jax.plan.estimate import abstract_layout, estimate_memory
-from gemma_jax.plan.memory import memory_of
-from gemma_jax.plan.programs import Task, trace
+from gemma_jax.plan.memory import memory_of, part_bytes
+from gemma_jax.plan.programs import Task, parts_of, trace
 from gemma_jax.sharding import MeshConfig, make_layout
 from gemma_jax.training.loop import LoopConfig
 from gemma_jax.tuning.lora import Lora, QLora
@@ -78,6 +79,30 @@ def test_memory_is_what_xla_reports(task):
     # Every argument has its line, but for the counter of steps, a limit of them, record numbers.
     assert 0 <= memory.padding <= 4 * ROWS
     assert memory.parts["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=8, rules="dp"),
+        MeshConfig(data=1, fsdp=8, rules="fsdp"),
+        MeshConfig(data=1, fsdp=2, tensor=4),  # heads, but not the one kv head, divide by 4
+    ],
+    ids=["dp", "fsdp", "1x2x4"],
+)
+def test_parts_are_what_a_device_holds(mesh):
+    """The same arrays, put onto the devices."""
+    task = Task("train", dataclasses.replace(TAUGHT, mesh=mesh, train=LoopConfig(ema_decay=0.9)))
+    parts = parts_of(task, make_layout(mesh))
+
+    def held(like):
+        array = jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
+        return array.addressable_shards[-1].data.nbytes
+
+    on_one = {name: sum(map(held, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    assert part_bytes(parts) == on_one
+    assert on_one["optimizer"] >= 2 * on_one["parameters"]
+    assert on_one["average"] == on_one["parameters"]
 
 
 def test_a_plan_says_what_a_step_takes(here):
@@ -208,6 +233,7 @@ def test_the_command(here, monkeypatch, capsys):
         ("--topology v5e:2x4 --set mesh.fsdp=3", "does not fit 8 device"),
         ("--topology v5e:2x4 --set batch_tokens=96", "does not divide by the 8 devices"),
         ("--topology v5e:2x4 --step decode --rows 3", "power of two"),
+        ("--device v5e:8 --step decode --rows 3", "power of two"),
         ("--topology v5e:2x4 --point c", "there is no point 'c'"),
         ("--topology v5e:2x4 --step teacher --set objective=Distill(shards='s')", "who teaches"),
     ],
@@ -221,6 +247,21 @@ def test_wrong_input_gets_a_sentence(here, monkeypatch, capsys, options, words):
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt, INTERRUPTED_CODE), (Terminated, PREEMPTED_CODE)]
+)
+def test_a_signal_ends_it_with_the_code_of_every_verb(here, monkeypatch, stop, code):
+    def stopped(*_):
+        raise stop
+
+    monkeypatch.setattr(run, "plan", stopped)
+    monkeypatch.chdir(here)
+    (here / "exp.py").write_text(EXPERIMENT)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "exp.py", "--topology", "v5e:2x4"])
+    assert ended.value.code == code
 
 
 def test_a_file_without_an_experiment(here, monkeypatch, capsys):

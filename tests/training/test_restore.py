@@ -63,7 +63,9 @@ DAMAGE = {
     "no progress": (lambda place: shutil.rmtree(place / "progress"), "is damaged"),
     "metrics cut": (rewrite("metrics/metrics.", cut), "its metrics cannot be read"),
     "position cut": (rewrite("data/metadata.", cut), "is damaged"),
-    "check cut": (rewrite("check/metadata.", cut), "is damaged"),
+    "check cut": (rewrite("check/metadata.", cut), "its check cannot be read"),
+    "check gone": (lambda place: shutil.rmtree(place / "check"), "its fingerprints are missing"),
+    "watch gone": (lambda place: shutil.rmtree(place / "watch"), "what it has seen of bad steps"),
     "other values": (edit(fingerprints={}), "is not what was written"),
     "another run": (edit(settings="another"), "is of another run"),
     "another step": (of_another_step, "it says that it is of step 8"),
@@ -119,6 +121,30 @@ def test_where_none_is_good_all_stay(make_job):
     with pytest.raises(UserError, match="checkpoints/8 is damaged"):
         train(make_job(steps=8))
     assert checkpoint_steps(make_job().folder) == [4, 8]
+
+
+def test_a_disk_that_is_away_is_no_beginning(make_job, tmp_path):
+    folder = make_job().folder
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(tmp_path / "away")
+    with pytest.raises(UserError, match=r"checkpoints is a link to .*away, which is not there"):
+        train(make_job())
+    (folder / "checkpoints").unlink()
+    (folder / "checkpoints.json").write_text('{"checkpoints": 5}')
+    with pytest.raises(UserError, match=r"checkpoints\.json does not say where"):
+        train(make_job())
+
+
+def test_a_run_without_its_checkpoints_says_that_it_begins_anew(make_job, capsys):
+    """Lines that cannot be read are left out of what the run has written."""
+    folder = make_job().folder
+    folder.mkdir()
+    line = json.dumps({"step": 7, "loss": 1.0}).encode()
+    (folder / "metrics.jsonl").write_bytes(b"\x8b{\n" + line + b'\n[1]\n{"st')
+    (folder / "bad_steps.jsonl").write_bytes(b"{x")
+    train(make_job(steps=4))
+    assert "had come to step 7, and begins anew" in capsys.readouterr().err
+    assert read_metrics(folder)[-1]["step"] == 4
 
 
 def test_weights_that_changed_are_not_used(make_job, params):
