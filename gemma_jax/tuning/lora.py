@@ -144,6 +144,11 @@ def init_adapter(settings: Lora, axes: Any, shapes: Any, rng: Array) -> Any:
         shape = own_shapes[path].shape
         layers = shape[:1] if is_stacked(path) else ()
         rest, cut = shape[len(layers) :], len(pair["a"]) - len(layers) - 1
+        if settings.rank > (most := min(math.prod(rest[:cut]), math.prod(rest[cut:]))):
+            raise UserError(
+                f"Lora.rank={settings.rank} is above {most}, the rank that "
+                f"'{target_of(path)}' itself can have; lower it."
+            )
         a = (*layers, *rest[:cut], settings.rank)
         b = (*layers, settings.rank, *rest[cut:])
         key = jax.random.fold_in(rng, number)
