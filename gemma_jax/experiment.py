@@ -13,7 +13,7 @@ import grain
 
 from gemma_jax import runs, trained, tuned
 from gemma_jax.data.conversations import Conversations
-from gemma_jax.data.loader import train_stream
+from gemma_jax.data.loader import TextBatches, train_batches
 from gemma_jax.data.mixture import Mixture, Stage, check_same_tokenizer, open_sources, open_tokens
 from gemma_jax.data.packing import valid_sequences
 from gemma_jax.data.tokenizer import Tokenizer
@@ -26,7 +26,8 @@ from gemma_jax.eval.perplexity import make_evaluation
 from gemma_jax.experiment_config import Experiment, TeacherRun
 from gemma_jax.hosts import first_alone, is_first
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.outline import outline
+from gemma_jax.ops.hardware import on_gpu
+from gemma_jax.outline import build_objective, outline
 from gemma_jax.sharding import Layout, make_layout
 from gemma_jax.training.loop import Evaluate, Job, train
 from gemma_jax.tuning.sft import Sft
@@ -92,6 +93,7 @@ def build(experiment: Experiment) -> Job:
         batches=source.batches,
         num_steps=source.num_steps,
         evaluate=source.evaluate,
+        objective=build_objective(experiment, source.most_documents),
         is_same=lambda saved: not runs.conflicts(experiment, saved),
         shard_records=source.records,
     )
@@ -104,6 +106,7 @@ class _Source(NamedTuple):
     batches: grain.IterDataset
     num_steps: int
     evaluate: Evaluate
+    most_documents: int | None  # of a sequence
     records: Callable[[int], list[int]] | None = None  # of a batch, where they come from shards
 
 
@@ -127,8 +130,16 @@ def _texts(experiment: Experiment, model: Transformer, layout: Layout) -> _Sourc
         size, seed = experiment.batch_size, experiment.seed
         batches = shard_stream(shards, batch_size=size, seed=seed, rows=rows)
         order = shard_order(shards, batch_size=size, seed=seed)
-        return _Source(tokenizer, batches, num_steps, evaluate, lambda batch: order[batch].tolist())
-    return _Source(tokenizer, _batches(experiment, sources, rows), num_steps, evaluate)
+        known, records = shards.most_documents, lambda batch: order[batch].tolist()
+        return _Source(tokenizer, batches, num_steps, evaluate, known, records)
+    texts = _batches(experiment, sources, rows)
+    known = _if_of_use(texts.most_documents)
+    return _Source(tokenizer, texts.stream(), num_steps, evaluate, known)
+
+
+def _if_of_use(count: Callable[[], int]) -> int | None:
+    """Counting goes through all documents; attention asks for it on GPUs alone."""
+    return count() if on_gpu() else None
 
 
 def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -> _Source:
@@ -157,7 +168,8 @@ def _conversations(experiment: Experiment, model: Transformer, layout: Layout) -
     )
     tuned.check_unchanged(experiment.folder, lessons.conversations)
     batches = lessons.batches(experiment.batch_size, layout.own_rows(experiment.batch_size))
-    return _Source(tokenizer, batches, lessons.num_steps, evaluate)
+    known = _if_of_use(lambda: lessons.most_documents(experiment.batch_size))
+    return _Source(tokenizer, batches, lessons.num_steps, evaluate, known)
 
 
 def prepare_shards(job: TeacherJob | str, tokenizer: Tokenizer | None = None) -> TeacherShards:
@@ -240,13 +252,13 @@ def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> None:
 
 def _batches(
     experiment: Experiment, sources: dict[str, TokenSet], rows: Sequence[int]
-) -> grain.IterDataset:
-    """The stream of this process's rows of each batch of text."""
+) -> TextBatches:
+    """This process's rows of each batch of text."""
     data, num_steps = experiment.data, experiment.num_steps
     assert num_steps is not None
     whole = (Stage(until=1.0, weights={"data": 1.0}),)
     stages = data.stages if isinstance(data, Mixture) else whole
-    return train_stream(
+    return train_batches(
         sources,
         stages,
         seq_len=experiment.seq_len,

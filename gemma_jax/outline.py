@@ -18,6 +18,7 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.settings import to_json
 from gemma_jax.sharding import Layout
 from gemma_jax.training.loop import Job
+from gemma_jax.training.objective import Objective
 from gemma_jax.tuning.qat import check_widths, quantized, rounded
 
 
@@ -38,9 +39,7 @@ def outline(experiment: Experiment, layout: Layout) -> Job:
         config=experiment.train,
         layout=layout,
         **_weights(experiment, model, layout),
-        objective=experiment.objective.build(
-            model, softcap=config.final_softcap, backend=config.head_backend
-        ),
+        objective=build_objective(experiment, None),
         optimizer=experiment.optimizer,
         batches=grain.MapDataset.range(0).to_iter_dataset(),
         batch_size=rows,
@@ -50,6 +49,16 @@ def outline(experiment: Experiment, layout: Layout) -> Job:
         evaluate=lambda _: {},
         seed=experiment.seed,
         settings=to_json(experiment),
+    )
+
+
+def build_objective(experiment: Experiment, most_documents: int | None) -> Objective:
+    """What is minimised, on sequences of which so much is known (`Transformer`)."""
+    config = experiment.model
+    return experiment.objective.build(
+        Transformer(config, most_documents),
+        softcap=config.final_softcap,
+        backend=config.head_backend,
     )
 
 

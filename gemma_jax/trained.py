@@ -187,8 +187,9 @@ def write_shards(
         )
     count = count_sequences(tokens, seq_len, num_sequences)
     sequences = packed_sequences(tokens, "train", seq_len, job.seed)
+    model = replace(loaded.model, most_documents=sequences.most_documents())
     return write_teacher_shards(
-        make_teacher(job, loaded.model, loaded.params, layout),
+        make_teacher(job, model, loaded.params, layout),
         sequences,
         num_sequences=count,
         seq_len=seq_len,
@@ -270,7 +271,8 @@ def verify_shards(
         seed=manifest["seed"],
         batch_size=_multiple(8, layout),
     )
-    teacher = make_teacher(job, loaded.model, loaded.params, layout)
+    model = replace(loaded.model, most_documents=manifest.get("most_documents"))
+    teacher = make_teacher(job, model, loaded.params, layout)
     # A teacher in half precision rounds its probabilities in another way on another device or at
     # another batch size, which moves draws among its rare ids.
     exact = loaded.model.config.compute_dtype == "float32"

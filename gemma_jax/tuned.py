@@ -48,6 +48,10 @@ class Lessons(NamedTuple):
             rows=rows,
         )
 
+    def most_documents(self, batch_size: int) -> int:
+        """That are in any sequence of the run."""
+        return self.packed.most_documents(self.limit or self.num_steps * batch_size)
+
 
 def tokenizer_of(data: Conversations, init: str | None) -> Tokenizer:
     """The tokenizer of conversations: their own, or that of the weights to begin with."""

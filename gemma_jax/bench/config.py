@@ -86,5 +86,5 @@ def default_sizes(what: What, model: ModelConfig) -> dict[str, int]:
     if what == "decode":
         prompt = min(1024, model.max_seq_len // 2)
         return {"seq_len": prompt, "steps": min(256, model.max_seq_len - prompt)}
-    steps = {"train": 10, "distill": 10, "teacher": 8, "data": 50}[what]
+    steps = {"train": 10, "distill": 10, "teacher": 64, "data": 50}[what]
     return {"seq_len": min(2048, model.max_seq_len), "steps": steps}

@@ -34,7 +34,7 @@ def teacher(config: BenchConfig) -> list[Row]:
                 f"--steps {config.steps} x --batch {config.batch} sequences are over the "
                 f"{len(sequences)} of {tokens.path}; ask for fewer."
             )
-        model = Transformer(config.model)
+        model = Transformer(config.model, sequences.most_documents())
         params = _random_params(model, layout.shardings(model.axes(), model.shapes()))
         job = TeacherJob(
             path=str(Path(scratch) / "shards"), batch_size=config.batch, seed=config.seed
@@ -108,7 +108,7 @@ def decode(config: BenchConfig) -> list[Row]:
 def data(config: BenchConfig) -> list[Row]:
     """One row: batches from disk, as the loop gets them, with nobody to wait for."""
     with tempfile.TemporaryDirectory() as scratch:
-        batches = iter(open_stream(config, Path(scratch)))
+        batches = iter(open_stream(config, Path(scratch))[0])
         for _ in range(config.warmup):
             next(batches)
         times = repeated(lambda: [next(batches) for _ in range(config.steps)], config)

@@ -21,7 +21,7 @@ from gemma_jax.bench.timing import (
     repeated,
     timed,
 )
-from gemma_jax.data.loader import train_stream
+from gemma_jax.data.loader import train_batches
 from gemma_jax.data.mixture import Stage
 from gemma_jax.data.token_set import TokenSet
 from gemma_jax.distill.objective import Distill
@@ -44,8 +44,8 @@ def train(config: BenchConfig) -> list[Row]:
     the repeats, and a few steps more under the profiler."""
     layout = checked_layout(config)
     with tempfile.TemporaryDirectory() as scratch, layout.active(), empty_cache():
-        stream = open_stream(config, Path(scratch))
-        job = _job(config, layout, Path(scratch), stream)
+        stream, most_documents = open_stream(config, Path(scratch))
+        job = _job(config, layout, Path(scratch), stream, most_documents)
         optimizer = job.optimizer.build(job.axes, job.num_steps)
 
         def fresh() -> Any:
@@ -111,12 +111,14 @@ class _Loop:
         self.loss = float(metrics["loss"])  # waits for the last step
 
 
-def open_stream(config: BenchConfig, scratch: Path) -> grain.IterDataset:
-    """The batches that the real loader makes of data that are given or drawn."""
+def open_stream(config: BenchConfig, scratch: Path) -> tuple[grain.IterDataset, int | None]:
+    """The batches that the real loader makes of data that are given or drawn, and how many
+    documents a sequence has at most."""
     if config.what == "distill" or config.shards is not None:
         shards = _shards(config, scratch)
-        return shard_stream(shards, batch_size=config.batch, seed=config.seed)
-    return train_stream(
+        stream = shard_stream(shards, batch_size=config.batch, seed=config.seed)
+        return stream, shards.most_documents
+    batches = train_batches(
         {"data": token_set(config, scratch)},
         (Stage(until=1.0, weights={"data": 1.0}),),
         seq_len=config.seq_len,
@@ -124,6 +126,7 @@ def open_stream(config: BenchConfig, scratch: Path) -> grain.IterDataset:
         num_batches=_num_steps(config) + 1,
         seed=config.seed,
     )
+    return batches.stream(), batches.most_documents()
 
 
 def token_set(config: BenchConfig, scratch: Path) -> TokenSet:
@@ -173,9 +176,15 @@ def _num_steps(config: BenchConfig) -> int:
     return config.warmup + config.repeats * config.steps + _PROFILED
 
 
-def _job(config: BenchConfig, layout: Layout, folder: Path, batches: grain.IterDataset) -> Job:
+def _job(
+    config: BenchConfig,
+    layout: Layout,
+    folder: Path,
+    batches: grain.IterDataset,
+    most_documents: int | None,
+) -> Job:
     """The job that an experiment of these settings would be."""
-    model = Transformer(config.model)
+    model = Transformer(config.model, most_documents)
     objective = Distill(shards=str(folder)) if config.what == "distill" else Xent()
     return Job(
         name="bench",

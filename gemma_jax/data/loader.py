@@ -40,6 +40,7 @@ class Turns:
             within = self._counts(end - start, self._shares[-1])
             counts = [a + b for a, b in zip(counts, within, strict=True)]
             start = end
+        self.totals = dict(zip(self._names, counts, strict=True))  # sequences by source
 
     def locate(self, number: int) -> tuple[str, int]:
         """(source, number within the source) of the run's sequence `number`."""
@@ -71,7 +72,7 @@ class Turns:
         return counts
 
 
-class _Batches:
+class TextBatches:
     """Batches by number, this host's rows of them: what Grain reads from."""
 
     def __init__(
@@ -79,6 +80,17 @@ class _Batches:
     ):
         self._streams, self._turns = streams, turns
         self._rows, self._size, self._count = rows, size, count
+
+    def stream(self) -> grain.IterDataset:
+        """Made ahead by two threads; the state of its iterators is the number of the next batch."""
+        return grain.MapDataset.source(self).to_iter_dataset(
+            grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        )
+
+    def most_documents(self) -> int:
+        """That are in any sequence of the run."""
+        totals = self._turns.totals.items()
+        return max(self._streams[name].most_documents(count) for name, count in totals if count)
 
     def __len__(self) -> int:
         return self._count
@@ -98,7 +110,7 @@ class _Batches:
         return {f: np.concatenate([part[f] for part in read.values()])[order] for f in fields}
 
 
-def train_stream(
+def train_batches(
     sources: Mapping[str, TokenSet],
     stages: Sequence[Stage],
     *,
@@ -107,7 +119,7 @@ def train_stream(
     num_batches: int,
     seed: int,
     rows: Sequence[int] | None = None,
-) -> grain.IterDataset:
+) -> TextBatches:
     """The training batches, `num_batches` of them, or this host's rows of each.
 
     Sequence r of batch i is the sequence iB + r of the run; the mixture says which source it comes
@@ -124,8 +136,7 @@ def train_stream(
       rows: which rows of each batch are read; all by default.
 
     Returns:
-      an IterDataset of dicts of [B, T] or [len(rows), T] arrays, made ahead by two threads; its
-      iterators' `get_state` is the number of the next batch.
+      dicts of [B, T] or [len(rows), T] arrays by number, and `stream()`, an IterDataset of them.
 
     Raises:
       UserError: for stages, sizes or sources that do not fit together.
@@ -142,16 +153,8 @@ def train_stream(
         )
         for name in used
     }
-    batches = _Batches(
-        streams,
-        Turns(stages, used, num_batches * batch_size),
-        own,
-        batch_size,
-        num_batches,
-    )
-    return grain.MapDataset.source(batches).to_iter_dataset(
-        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    )
+    turns = Turns(stages, used, num_batches * batch_size)
+    return TextBatches(streams, turns, own, batch_size, num_batches)
 
 
 class _ConversationBatches:
@@ -179,7 +182,7 @@ def conversation_stream(
     limit: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> grain.IterDataset:
-    """The training batches, or some rows of them, as `train_stream` gives them.
+    """The training batches, or some rows of them, as those of texts.
 
     Sequence r of batch i is the sequence iB + r of `packed`; those from `limit` on are padding.
     """

@@ -40,6 +40,16 @@ class PackedConversations:
                 self._starts.append(self._starts[-1] + len(self._rows(len(self._starts) - 1)))
             return self._starts[epochs]
 
+    def most_documents(self, sequences: int) -> int:
+        """That are in one of the first `sequences`, padding counted."""
+        most, epoch = 1, 0
+        while self.count(epoch) < sequences:
+            for row in self._rows(epoch):
+                filled = int(self._lengths[row].sum()) == self.seq_len
+                most = max(most, len(row) + (not filled))
+            epoch += 1
+        return most
+
     def read(self, numbers: Sequence[int], limit: int | None = None) -> Batch:
         """The sequences `numbers` as arrays [n, T]; those from `limit` on are padding."""
         T = self.seq_len

@@ -89,6 +89,25 @@ class PackedStream:
             batch["loss_mask"][place] = 1
         return batch
 
+    def most_documents(self, sequences: int) -> int:
+        """That are in one sequence, in all epochs that the first `sequences` of them reach."""
+        return self.most_in_epochs(-(-sequences * self.seq_len // self.pairs))
+
+    def most_in_epochs(self, epochs: int) -> int:
+        """The same; where the last epoch ends inside a sequence, the rest of that counts as one."""
+        most = last = last_count = 0
+        for epoch in range(epochs):
+            ends = self._epoch(epoch)[1] + epoch * self.pairs
+            inside = ends[ends % self.seq_len > 0]
+            within, counts = np.unique(inside // self.seq_len, return_counts=True)
+            if len(within) == 0:
+                continue
+            if within[0] == last:
+                counts[0] += last_count
+            most = max(most, int(counts.max()))
+            last, last_count = int(within[-1]), int(counts[-1])
+        return most + 1
+
     def _place(self, number: int) -> int:
         """Where in the line the sequence `number` lies."""
         if not self._shuffle_sequences:
@@ -136,6 +155,10 @@ class PackedPass(Sequence[Batch]):
         if not -len(self) <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
         return {name: rows[0] for name, rows in self.read([number % len(self)]).items()}
+
+    def most_documents(self) -> int:
+        """That are in one sequence, padding counted."""
+        return self._stream.most_in_epochs(1)
 
     def read(self, numbers: Sequence[int]) -> Batch:
         """Several sequences at once, as arrays [n, T]; numbers past the end give pure padding."""

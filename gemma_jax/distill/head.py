@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.distill.mass_tree import VocabSplit
 from gemma_jax.distill.records import ID_BITS
-from gemma_jax.distill.sampling import Method, VocabSplit, sample_targets, token_keys
+from gemma_jax.distill.sampling import Method, sample_targets, token_keys
+from gemma_jax.ops.hardware import on_gpu
 from gemma_jax.ops.table import table_parts
 from gemma_jax.sharding import current_layout
 
 _MAX_LOGITS = 2**26  # entries of one chunk of logits on a device: 256 MiB in float32
+_MAX_LOGITS_GPU = 2**28  # there each chunk reads the table anew from a memory that is far
 
 
 class HeadSettings(NamedTuple):
@@ -82,7 +85,8 @@ def _sample_chunks(
 ) -> TeacherOutput:
     """Targets [B, T, ...] of this device's rows, a chunk of positions of every row at a time."""
     B, T, _ = hidden.shape
-    chunk = min(max(1, _MAX_LOGITS // (B * table.shape[0])), T)
+    most = _MAX_LOGITS_GPU if on_gpu() else _MAX_LOGITS
+    chunk = min(max(1, most // (B * table.shape[0])), T)
     keys = token_keys(jax.random.key(settings.seed), record_index, T + -T % chunk)
 
     def split_up(array: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, chunk, ...]

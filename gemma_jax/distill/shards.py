@@ -58,7 +58,7 @@ class Totals:
     """Sums over records, added in order, that the manifest repeats."""
 
     def __init__(self) -> None:
-        self.num_tokens = self.unique_ids = self.max_targets = 0
+        self.num_tokens = self.unique_ids = self.max_targets = self.most_documents = 0
         self._cross_entropy = self._entropy = 0.0
         self._token_hash = hashlib.sha256()
 
@@ -67,6 +67,8 @@ class Totals:
         self.num_tokens += len(record.label_logprob)
         self.unique_ids += len(record.ids)
         self.max_targets = max(self.max_targets, int(record.num_targets.max(initial=0)))
+        runs = 1 + int(np.count_nonzero(np.diff(record.segment_ids)))
+        self.most_documents = max(self.most_documents, runs)
         self._cross_entropy -= float(record.label_logprob.sum(dtype=np.float64))
         self._entropy += float(record.entropy.sum(dtype=np.float64))
 
@@ -77,6 +79,7 @@ class Totals:
             "num_tokens": self.num_tokens,
             "unique_ids": self.unique_ids,
             "max_targets": self.max_targets,
+            "most_documents": self.most_documents,
             "teacher_cross_entropy": self._cross_entropy / tokens,
             "teacher_entropy": self._entropy / tokens,
             "token_hash": self._token_hash.hexdigest(),
@@ -190,6 +193,11 @@ class TeacherShards:
     def max_targets(self) -> int:
         """M, the largest number of distinct ids at any position."""
         return max(self.manifest["max_targets"], 1)
+
+    @property
+    def most_documents(self) -> int | None:
+        """Segments of a sequence at most, padding counted; None where it was not noted."""
+        return self.manifest.get("most_documents")
 
     def __len__(self) -> int:
         return self.manifest["num_records"]

@@ -1,7 +1,8 @@
 """The teacher's job: run a model over packed sequences and write sparse targets for each token.
 
 One jitted step a batch: hidden states, then targets (`head.py`). While the devices work on a batch
-the host encodes the one before. Of several processes all compute and the first writes.
+the host encodes the one before, and a thread writes the shard before this one. Of several processes
+all compute and the first writes.
 """
 
 import collections
@@ -10,6 +11,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +203,26 @@ def _write(
     sizes = [len(description.shard_range(shard)) for shard in shards]
     seq_len, total = description.seq_len, description.num_records * description.seq_len
     ready = sum(size for size, there in zip(sizes, done[1:], strict=True) if there)
-    with progress("teacher", total, start=ready * seq_len) as advance:
+    # A shard is compressed and written in a thread, while the devices work on the next one.
+    with (
+        progress("teacher", total, start=ready * seq_len) as advance,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        written: Future[None] = thread.submit(lambda: None)
         for shard in shards:
             indices = description.shard_range(shard)
             ours = itertools.islice(source, len(indices))
             records = None if done[1 + shard] else _records(teacher, ours, indices, advance)
             if not is_first():
                 collections.deque(ours if records is None else records, maxlen=0)
-            elif records is None:
+                continue
+            contents = None if records is None else list(records)
+            written.result()  # at most one waits, and they are noted in order
+            if contents is None:
                 writer.adopt(shard, ours)
             else:
-                writer.write(shard, records)
+                written = thread.submit(writer.write, shard, contents)
+        written.result()
 
     def finish() -> dict[str, Any]:
         return writer.finish() if is_first() else TeacherShards.open(writer.path).manifest

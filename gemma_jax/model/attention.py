@@ -1,8 +1,9 @@
 """One attention layer: projections, QK-norm, RoPE, and where its keys come from."""
 
-from typing import NamedTuple
+import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,15 +16,19 @@ from gemma_jax.ops.masks import MaskSpec
 from gemma_jax.sharding import current_layout, pin, split_batch
 
 
-class Place(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
     """Where the tokens of a batch stand.
 
     `positions` drive RoPE (and the mask, when there is a cache). `segment_ids` keep packed
-    documents apart; with a cache, 0 marks padding, which is never written to it.
+    documents apart; with a cache, 0 marks padding, which is never written to it. `most_documents`
+    is that of `MaskSpec`.
     """
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None
+    most_documents: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Attention(nn.Module):
@@ -61,7 +66,10 @@ class Attention(nn.Module):
         window, backend = c.window(self.letter), c.attn_backend
         if cache is None or self.fresh:
             spec = MaskSpec(
-                window=window, q_segment_ids=place.segment_ids, k_segment_ids=place.segment_ids
+                window=window,
+                most_documents=place.most_documents,
+                q_segment_ids=place.segment_ids,
+                k_segment_ids=place.segment_ids,
             )
             if cache is not None:
                 cache = write(cache, k, v, place.positions, _valid(place))

@@ -154,9 +154,14 @@ class Decoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """The model as functions of a parameter tree that the caller owns."""
+    """The model as functions of a parameter tree that the caller owns.
+
+    `most_documents` is what the caller knows of the sequences of `hidden` (`MaskSpec`): some
+    kernels are faster for it, and programs smaller.
+    """
 
     config: ModelConfig
+    most_documents: int | None = None
 
     def init(self, rng: Array) -> Params:
         """Fresh float32 parameters."""
@@ -180,7 +185,7 @@ class Transformer:
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final-normed hidden states. Tokens of different segments never see each other."""
-        place = Place(_positions(tokens, positions), segment_ids)
+        place = Place(_positions(tokens, positions), segment_ids, self.most_documents)
         hidden, _ = Decoder(self.config).apply({"params": params}, tokens, place, None)
         return hidden
 

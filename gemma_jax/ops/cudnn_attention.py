@@ -2,9 +2,10 @@
 
 `jax.nn.dot_product_attention` reaches cuDNN, but knows no documents. cuDNN itself does: it takes
 the beginnings and lengths of the documents of a batch ("ragged" tensors), through a module of JAX
-that is not public. How many documents a sequence can hold at most is part of the program, and
-which tokens belong together is known only when it runs; sequences that hold more than
-`most_documents`, or one document in several pieces, are given to another backend by a `cond`.
+that is not public. How many documents a sequence can hold at most is part of the program. Where
+nobody promises that (`MaskSpec.most_documents`), the program looks when it runs: sequences that
+hold more than `documents_expected`, or one document in several pieces, are given to another backend
+by a `cond`, for which the host has to wait.
 """
 
 import functools
@@ -53,12 +54,12 @@ def cudnn_attention(
 
     A token of segment 0 sees those of segment 0, as everywhere.
     """
-    if spec.q_segment_ids is None:
+    if spec.q_segment_ids is None or spec.most_documents == 1:
         window = None if spec.window is None else (spec.window - 1, 0)
         return jax.nn.dot_product_attention(
             q, k, v, scale=1.0, is_causal=True, local_window_size=window, implementation="cudnn"
         )
-    return _packed(otherwise, spec.window, q, k, v, spec.q_segment_ids)
+    return _packed(otherwise, spec.window, spec.most_documents, q, k, v, spec.q_segment_ids)
 
 
 class Documents(NamedTuple):
@@ -70,7 +71,7 @@ class Documents(NamedTuple):
     complete: Bool[Array, ""]
 
 
-def most_documents(length: int) -> int:
+def documents_expected(length: int) -> int:
     """Of a sequence; each that might be there costs a few empty blocks of the kernel's grid."""
     return max(16, length // _TOKENS_A_DOCUMENT)
 
@@ -93,15 +94,29 @@ def documents(ids: Int[Array, "B T"], most: int) -> Documents:
     return Documents(starts, lengths, complete.all())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _packed(otherwise: _Run, window: int | None, q: Array, k: Array, v: Array, ids: Array) -> Array:
-    return _forward(otherwise, window, q, k, v, ids)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _packed(
+    otherwise: _Run,
+    window: int | None,
+    promised: int | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: Array,
+) -> Array:
+    return _forward(otherwise, window, promised, q, k, v, ids)[0]
 
 
 def _forward(
-    otherwise: _Run, window: int | None, q: Array, k: Array, v: Array, ids: Array
+    otherwise: _Run,
+    window: int | None,
+    promised: int | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: Array,
 ) -> tuple[Array, tuple[Array, ...]]:
-    found = documents(ids, most_documents(ids.shape[1]))
+    found = documents(ids, promised or documents_expected(ids.shape[1]))
 
     def fused(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         out, residuals = _rule("_dot_product_attention_fwd_rule", window, q, k, v, found)
@@ -111,15 +126,22 @@ def _forward(
         shape = jax.eval_shape(fused, q, k, v)[1]
         return otherwise(q, k, v, _spec(window, ids)), jnp.zeros(shape.shape, shape.dtype)
 
-    out, statistic = jax.lax.cond(found.complete, fused, other, q, k, v)
+    if promised is None:
+        out, statistic = jax.lax.cond(found.complete, fused, other, q, k, v)
+    else:
+        out, statistic = fused(q, k, v)
     return out, (q, k, v, ids, out, statistic)
 
 
 def _backward(
-    otherwise: _Run, window: int | None, residuals: tuple[Array, ...], gradient: Array
+    otherwise: _Run,
+    window: int | None,
+    promised: int | None,
+    residuals: tuple[Array, ...],
+    gradient: Array,
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, ids, out, statistic = residuals
-    found = documents(ids, most_documents(ids.shape[1]))
+    found = documents(ids, promised or documents_expected(ids.shape[1]))
 
     def fused(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, Array, Array]:
         return _rule(
@@ -130,6 +152,8 @@ def _backward(
         spec = _spec(window, ids)
         return jax.vjp(lambda q, k, v: otherwise(q, k, v, spec), q, k, v)[1](gradient)
 
+    if promised is not None:
+        return *fused(q, k, v, gradient), None
     return *jax.lax.cond(found.complete, fused, other, q, k, v, gradient), None
 
 

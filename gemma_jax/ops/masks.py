@@ -15,9 +15,13 @@ class MaskSpec:
     Query t sees key s when `s <= t`, when `t - s < window` (the window counts the token itself),
     and when both carry the same segment id. t and s are indices into the sequence, or the entries
     of `q_positions` and `k_positions` where keys do not lie in order (a ring-buffer cache).
+
+    `most_documents` promises that no sequence has more runs of equal segment ids, padding counted,
+    and that none comes back; None: nobody knows.
     """
 
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    most_documents: int | None = dataclasses.field(default=None, metadata={"static": True})
     q_positions: Int[Array, "#B T"] | None = None
     k_positions: Int[Array, "#B S"] | None = None
     q_segment_ids: Int[Array, "B T"] | None = None

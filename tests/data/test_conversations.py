@@ -114,6 +114,14 @@ def test_every_conversation_comes_once_an_epoch(packed: PackedConversations) -> 
     assert len(set(orders)) == 3
 
 
+def test_the_most_conversations_of_a_sequence_are_known_beforehand(packed: PackedConversations):
+    for count in (1, packed.count(1), packed.count(2) + 1):
+        epochs = next(n for n in range(4) if packed.count(n) >= count)
+        rows = packed.read(range(packed.count(epochs)))["segment_ids"]
+        runs = max(1 + int(np.count_nonzero(np.diff(row))) for row in rows)
+        assert packed.most_documents(count) == runs
+
+
 def test_a_sequence_does_not_depend_on_what_was_read_before(packed: PackedConversations) -> None:
     number = packed.count(2) + 1
     fresh = PackedConversations.__new__(PackedConversations)

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gemma_jax.data.loader import Turns, train_stream
+from gemma_jax.data.loader import Turns, train_batches
 from gemma_jax.data.mixture import Mixture, Stage, open_sources
 from gemma_jax.data.packing import PackedPass, PackedStream, packed_sequences, shuffled
 from gemma_jax.data.tokenizer import TokenizerConfig
@@ -157,7 +157,7 @@ def stream(sets, seed=0, **options):
         Stage(until=1.0, weights={"more": 1}),
     ]
     settings = {"seq_len": 16, "batch_size": 8, "num_batches": 20, "seed": seed, **options}
-    return train_stream(sets, stages, **settings)
+    return train_batches(sets, stages, **settings).stream()
 
 
 def test_batches_have_the_promised_form(sets) -> None:
@@ -247,16 +247,40 @@ def test_another_source_leaves_the_order_of_the_first_alone(sets) -> None:
     alone = Stage(until=1.0, weights={"many": 1})
     both = Stage(until=1.0, weights={"more": 1, "many": 1})
     options = {"seq_len": 16, "batch_size": 1, "num_batches": 8, "seed": 0}
-    mixed = [b["tokens"].tolist() for b in train_stream(sets, [both], **options)]
-    single = [b["tokens"].tolist() for b in train_stream(sets, [alone], **options)]
+    mixed = [b["tokens"].tolist() for b in train_batches(sets, [both], **options).stream()]
+    single = [b["tokens"].tolist() for b in train_batches(sets, [alone], **options).stream()]
     assert [rows for rows in mixed if rows in single] == single[:4]
+
+
+def _most_runs(rows) -> int:
+    return max(1 + int(np.count_nonzero(np.diff(row))) for row in rows)
+
+
+@pytest.mark.parametrize("seq_len", [2, 7, 64, 100])
+def test_the_most_documents_of_a_sequence_are_known_beforehand(sets, seq_len) -> None:
+    """Counted from lengths alone, over epochs that begin and end anywhere in a sequence."""
+    for name in ("many", "few"):
+        packed = PackedStream(sets[name].documents("train"), seq_len, 3, shuffle_sequences=True)
+        whole = 3 * packed.pairs // seq_len
+        rows = packed.read(range(whole))["segment_ids"]
+        assert packed.most_documents(whole) == _most_runs(rows)
+        assert packed.most_documents(1) >= _most_runs(rows[:1])
+        once = packed_sequences(sets[name], "train", seq_len)
+        assert once.most_documents() == _most_runs([s["segment_ids"] for s in once])
+
+
+def test_the_most_documents_of_a_mixture_are_those_of_its_sources(sets) -> None:
+    stages = [Stage(until=1.0, weights={"many": 1.0, "few": 1.0})]
+    batches = train_batches(sets, stages, seq_len=64, batch_size=4, num_batches=40, seed=0)
+    found = _most_runs([row for batch in batches.stream() for row in batch["segment_ids"]])
+    assert found <= batches.most_documents() < 3 * found
 
 
 def test_bad_mixtures_and_sizes_are_refused(sets, tmp_path: Path) -> None:
     def refuse(message: str, stages, **options) -> None:
         settings = {"seq_len": 16, "batch_size": 8, "num_batches": 20, "seed": 0, **options}
         with pytest.raises(UserError, match=message):
-            train_stream(sets, stages, **settings)
+            train_batches(sets, stages, **settings).stream()
 
     good = [Stage(until=1.0, weights={"many": 1})]
     refuse("no stages", [])

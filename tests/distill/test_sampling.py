@@ -9,7 +9,9 @@ import pytest
 from programs import collectives
 from scipy.special import log_softmax, softmax
 
-from gemma_jax.distill.sampling import METHODS, VocabSplit, sample_targets, token_keys
+from gemma_jax.distill import mass_tree
+from gemma_jax.distill.mass_tree import VocabSplit
+from gemma_jax.distill.sampling import METHODS, sample_targets, token_keys
 
 V, N, TRIALS = 512, 50, 20_000
 _sample = jax.jit(sample_targets, static_argnames=("draws", "method"))
@@ -149,17 +151,59 @@ def test_counts_are_exact_for_any_shape_of_distribution(size, method):
         assert np.all(softmax(logits[row].astype(np.float64))[used] > 0)
 
 
+def _assert_statistics(drawn, logits, labels):
+    logp = log_softmax(logits.astype(np.float64), axis=1)
+    p = np.exp(logp)
+    entropy = -np.where(p > 0, p * np.where(p > 0, logp, 0), 0).sum(1)
+    np.testing.assert_allclose(drawn.entropy, entropy, rtol=2e-5, atol=2e-5)
+    expected = np.take_along_axis(logp, labels[:, None], 1)[:, 0]
+    np.testing.assert_allclose(drawn.label_logprob, expected, rtol=2e-6, atol=2e-6)
+
+
 def test_statistics_of_the_teacher():
     for size in (8, 262_144):
         logits = _cases(size)
         labels = np.argsort(-logits, axis=1)[:, 0].astype(np.int32)
-        drawn = _draw(logits, labels=labels)
-        logp = log_softmax(logits.astype(np.float64), axis=1)
-        p = np.exp(logp)
-        entropy = -np.where(p > 0, p * np.where(p > 0, logp, 0), 0).sum(1)
-        np.testing.assert_allclose(drawn.entropy, entropy, rtol=2e-5, atol=2e-5)
-        expected = np.take_along_axis(logp, labels[:, None], 1)[:, 0]
-        np.testing.assert_allclose(drawn.label_logprob, expected, rtol=2e-6, atol=2e-6)
+        _assert_statistics(_draw(logits, labels=labels), logits, labels)
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """`sample_targets` as it is compiled for a GPU."""
+    monkeypatch.setattr(mass_tree, "on_gpu", lambda: True)
+    return lambda *given, **settings: sample_targets(*given, **settings)  # not the one compiled
+
+
+@pytest.mark.parametrize("size", [8, 300, 262_144])
+def test_one_reading_of_the_logits_tells_the_same(size, one_pass):
+    """Whatever the label is: the likeliest id, one far below it, one that is excluded."""
+    cases, rng = _cases(size), np.random.default_rng(7)
+    order = np.argsort(-cases, axis=1)
+    labels = np.stack([order[:, 0], order[:, size // 2], order[:, -1], rng.integers(size, size=8)])
+    logits, labels = np.tile(cases, (4, 1)), labels.reshape(-1).astype(np.int32)
+    run = jax.jit(functools.partial(one_pass, draws=64, method="systematic"))
+    drawn = run(jnp.asarray(logits), jnp.asarray(labels), _keys(len(logits)))
+    _assert_statistics(drawn, logits, labels)
+    dense = _dense(drawn.ids, drawn.counts, size)
+    assert np.all(dense.sum(1) == 64)
+    assert np.all(softmax(logits.astype(np.float64), axis=1)[dense > 0] > 0)
+    usual = _draw(logits, draws=64, labels=labels)
+    # Rounding moves a draw that lies at the edge of an id to the neighbour.
+    assert np.abs(dense - _dense(usual.ids, usual.counts, size)).sum() <= 0.01 * dense.sum()
+
+
+@pytest.mark.parametrize("size", [300, 8192])
+def test_one_reading_draws_the_same_with_a_split_vocabulary(size, one_pass):
+    logits = _cases(size)
+    labels = jnp.arange(len(logits), dtype=jnp.int32) * (size // 9)
+    settings = {"draws": 64, "method": "systematic"}
+    whole = jax.jit(functools.partial(one_pass, **settings))(
+        jnp.asarray(logits), labels, _keys(len(logits))
+    )
+    got, _ = _draw_split(one_pass, logits, labels, 4, **settings)
+    np.testing.assert_array_equal(got.ids, whole.ids)
+    np.testing.assert_array_equal(got.counts, whole.counts)
+    np.testing.assert_allclose(got.entropy, whole.entropy, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -189,6 +233,22 @@ def test_keys_depend_on_record_and_place_alone():
     assert len(np.unique(np.asarray(many).reshape(-1, 2), axis=0)) == 48
 
 
+def _draw_split(sample, logits, labels, devices, **settings):
+    """What is drawn with the vocabulary split over devices, and the program."""
+    size = logits.shape[1]
+    split = VocabSplit("vocab", devices, size)
+    padded = np.pad(logits, ((0, 0), (0, split.padded_size - size)), constant_values=-np.inf)
+    mesh = jax.make_mesh((devices,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))
+    part, same = jax.sharding.PartitionSpec(None, "vocab"), jax.sharding.PartitionSpec()
+    run = functools.partial(sample, split=split, **settings)
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(part, same, same), out_specs=same, check_vma=False
+    )
+    given = jnp.asarray(padded), labels, _keys(len(logits))
+    with jax.set_mesh(mesh):
+        return jax.jit(run)(*given), jax.jit(run).lower(*given).compile()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("size", "devices"), [(8192, 8), (8192, 2), (262_144, 8), (640, 4), (300, 4), (129, 8)]
@@ -200,20 +260,11 @@ def test_a_split_vocabulary_gives_the_same_draws(size, devices, method):
     keys = _keys(len(logits))
     whole = _sample(jnp.asarray(logits), labels, keys, draws=64, method=method)
 
-    split = VocabSplit("vocab", devices, size)
-    padded = np.pad(logits, ((0, 0), (0, split.padded_size - size)), constant_values=-np.inf)
-    mesh = jax.make_mesh((devices,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))
-    part, same = jax.sharding.PartitionSpec(None, "vocab"), jax.sharding.PartitionSpec()
-    run = functools.partial(sample_targets, draws=64, method=method, split=split)
-    run = jax.shard_map(
-        run, mesh=mesh, in_specs=(part, same, same), out_specs=same, check_vma=False
-    )
-    compiled = jax.jit(run).lower(jnp.asarray(padded), labels, keys).compile()
-    with jax.set_mesh(mesh):
-        got = jax.jit(run)(jnp.asarray(padded), labels, keys)
+    got, compiled = _draw_split(sample_targets, logits, labels, devices, draws=64, method=method)
     np.testing.assert_array_equal(got.ids, whole.ids)
     np.testing.assert_array_equal(got.counts, whole.counts)
     np.testing.assert_allclose(got.label_logprob, whole.label_logprob, rtol=1e-6)
     np.testing.assert_allclose(got.entropy, whole.entropy, rtol=2e-5, atol=2e-5)
     gathered = [c.shape for c in collectives(compiled.as_text()) if c.kind == "all-gather"]
+    split = VocabSplit("vocab", devices, size)
     assert gathered == [(len(logits), split.padded_size // 32**split.height)]

@@ -243,6 +243,8 @@ def test_batches_have_the_promised_arrays(shard_folder):
     shards = TeacherShards.open(shard_folder)
     batch = next(iter(shard_stream(shards, batch_size=3, seed=0)))
     T, M = shards.manifest["seq_len"], shards.max_targets
+    runs = [1 + np.count_nonzero(np.diff(record["segment_ids"])) for record in shards]
+    assert shards.most_documents == max(runs)
     for key in ("tokens", "labels", "segment_ids", "positions"):
         assert (batch[key].dtype, batch[key].shape) == (np.int32, (3, T))
     for key in ("loss_mask", "teacher_label_logprob", "teacher_entropy"):

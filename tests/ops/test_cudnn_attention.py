@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.ops.cudnn_attention import can_do, documents, most_documents
+from gemma_jax.ops.cudnn_attention import can_do, documents, documents_expected
 from gemma_jax.ops.masks import MaskSpec
 
 
@@ -34,7 +34,7 @@ def test_an_id_with_two_runs_is_left_to_others(ids, complete):
 
 
 def test_a_sequence_shorter_than_the_bound():
-    found = documents(jnp.asarray([[1, 2]], jnp.int32), most_documents(2))
+    found = documents(jnp.asarray([[1, 2]], jnp.int32), documents_expected(2))
     assert found.starts.shape == (1, 17)
     np.testing.assert_array_equal(found.lengths[0, :3], [1, 1, -1])
     assert found.complete

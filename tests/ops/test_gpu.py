@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_jax.distill import mass_tree
+from gemma_jax.distill.sampling import sample_targets, token_keys
 from gemma_jax.ops.attention import attention
 from gemma_jax.ops.hardware import on_hopper
 from gemma_jax.ops.masks import MaskSpec
@@ -41,19 +43,20 @@ def make_inputs(length, num_kv_heads, head_dim, seed=0):
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("window", "backend", "dtype"))
-def run(q, k, v, gradient, ids, *, window, backend, dtype):
+@functools.partial(jax.jit, static_argnames=("window", "backend", "dtype", "promised"))
+def run(q, k, v, gradient, ids, *, window, backend, dtype, promised=None):
     """(output, gradients of q, k, v)."""
-    spec = MaskSpec(window=window, q_segment_ids=ids, k_segment_ids=ids)
+    spec = MaskSpec(window=window, most_documents=promised, q_segment_ids=ids, k_segment_ids=ids)
     inputs = (x.astype(dtype) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):
         out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, spec, backend=backend), *inputs)
         return out, *pull(gradient.astype(out.dtype))
 
 
-def check(arrays, ids, window):
+def check(arrays, ids, window, promised=None):
     exact = run(*arrays, ids, window=window, backend="reference", dtype=jnp.float32)
-    got = run(*arrays, ids, window=window, backend="cudnn", dtype=jnp.bfloat16)
+    settings = {"window": window, "backend": "cudnn", "dtype": jnp.bfloat16}
+    got = run(*arrays, ids, **settings, promised=promised)
     for ours, expected in zip(got, exact, strict=True):
         error = jnp.linalg.norm((ours.astype(jnp.float32) - expected).ravel())
         assert error < 6e-3 * jnp.linalg.norm(expected.ravel())  # operands of 8 bits
@@ -64,6 +67,14 @@ def check(arrays, ids, window):
 def test_cudnn(window, documents):
     ids = None if documents is None else segment_ids(1024, documents, padding=30)
     check(make_inputs(1024, 1, 256), ids, window)
+
+
+@pytest.mark.parametrize("window", [None, 100, 512])
+@pytest.mark.parametrize(("documents", "promised"), [(1, 1), (6, 7), (6, 20), (1, 3)])
+def test_cudnn_with_a_promise(window, documents, promised):
+    """Padding counts as a document."""
+    ids = segment_ids(1024, documents, padding=30 if promised > documents else 0)
+    check(make_inputs(1024, 1, 256), ids, window, promised)
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -94,6 +105,28 @@ def test_no_document_sees_another(window):
         run(*arrays, ids, **settings), run(*moved, ids, **settings), strict=True
     ):
         np.testing.assert_array_equal(jnp.where(third, 0, before), jnp.where(third, 0, after))
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_draws_of_a_teacher(far, monkeypatch):
+    """Its logits are read once here, and several times elsewhere."""
+    rng = np.random.default_rng(1)
+    n, V = 64, 262_144
+    logits = jnp.asarray(4 * rng.standard_normal((n, V)), jnp.float32)
+    labels = (logits.argmin(axis=1) if far else logits.argmax(axis=1)).astype(jnp.int32)
+    logits = logits.at[:, 7].add(80.0 if far else 0.0)
+    keys = token_keys(jax.random.key(0), jnp.zeros(1, jnp.int32), n)[0]
+
+    def draw(on_gpu):
+        monkeypatch.setattr(mass_tree, "on_gpu", lambda: on_gpu)
+        run = jax.jit(lambda *given: sample_targets(*given, draws=64, method="systematic"))
+        return run(logits, labels, keys)
+
+    ours, usual = draw(True), draw(False)
+    np.testing.assert_allclose(ours.entropy, usual.entropy, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours.label_logprob, usual.label_logprob, rtol=1e-6, atol=1e-5)
+    assert np.mean(np.asarray(ours.ids) != np.asarray(usual.ids)) < 0.02
+    np.testing.assert_array_equal(ours.counts.sum(axis=1), 64)
 
 
 @pytest.mark.parametrize("targets", [1, 16])
