@@ -80,7 +80,7 @@ def generate(arguments: argparse.Namespace) -> None:
     elif (
         len(prompts) == 1
         and isinstance(prompts[0], str)
-        and not (arguments.json or arguments.logprobs)
+        and not (named or arguments.json or arguments.logprobs)
     ):
         pieces = writer.stream(
             prompts[0],
@@ -229,7 +229,10 @@ def _prompt(line: str, where: str) -> "_Asked":
             grammar = _grammar(value)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        return _Asked(value[keys[0]], value.get("adapter", _UNSAID), grammar)
+        adapter = value.get("adapter", _UNSAID)
+        if adapter is not _UNSAID and not isinstance(adapter, str | None):
+            raise UserError(f"{where}: adapter={adapter!r:.60} must be the name of one.")
+        return _Asked(value[keys[0]], adapter, grammar)
     raise UserError(f"{where} must have either a text `prompt` or a list `messages`.")
 
 

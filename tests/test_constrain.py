@@ -222,6 +222,14 @@ def test_what_cannot_be_obeyed_is_named(pieces, grammar, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_grammar_without_an_end_is_refused_where_it_grows_too_large(write):
+    with pytest.raises(UserError, match=r"the grammar cannot be obeyed: .*Too many items") as error:
+        write([lark('start: "x" start')], max_new_tokens=4)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match='prompt 2: the schema uses "not"'):
+        write([regex("a"), json_schema({"not": {}})], max_new_tokens=4)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     small = config(

@@ -125,7 +125,7 @@ def test_log_probabilities_are_the_models_own(model, params, greedy):
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once(model, params, greedy, monkeypatch):
     monkeypatch.setattr(decode, "_CHUNK", 8)
-    monkeypatch.setattr(programs, "_MIN_BUCKET", 4)
+    monkeypatch.setattr(programs, "_least", lambda *_: 4)
     assert tokens_of(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY) == greedy
 
 

@@ -101,23 +101,39 @@ def test_held_out_conversations_are_decided_by_their_prompt(folder) -> None:
     assert len(set(everything)) == len(everything)
 
 
-def row(name, value, size, **more):
+def row(name, value, dtype, **more):
     metrics = {key: {"value": value, "stderr": 0.01} for key in ("f1", "json", "valid")}
     found = {"metrics": metrics, "examples": 50}
-    base = {"variant": name, "seed": 0, "folder": f"runs/x/{name}", "bound": found, "free": found}
-    return {**base, "bytes": size, "dtype": "q4_0", **more}
+    base = {"variant": name, "seed": 0, "label": name, "folder": f"runs/x/{name}"}
+    return {**base, "bound": found, "free": found, "dtype": dtype, **more}
 
 
 def test_the_winner_is_the_smallest_that_is_as_good(folder) -> None:
     write = load_function(f"{FOLDER}/comparison_table.py:write")
-    rows = [row("full", 0.9, 500), row("qat", 0.885, 150, minutes=1.5), row("base", 0.4, 150)]
+    rows = [row("full", 0.9, "bf16"), row("qat", 0.885, "q4_0", minutes=1.5)]
+    rows += [row("lora", 0.8, "bf16"), row("base", 0.4, "q4_0")]
     text = write(rows, folder / "x", "f1", folder / "schema.json")
     assert "qat is the smallest" in text
     assert "./launch.sh export runs/x/qat x.gguf --format gguf --dtype q4_0" in text
     table = (folder / "x" / "comparison.md").read_text()
     assert re.search(r"\| qat \| 0\.885 ± 0\.010 \|.* \| 1\.5 \|", table)
     assert (folder / "x" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert len(json.loads((folder / "x" / "comparison.json").read_text())["rows"]) == 3
+    assert len(json.loads((folder / "x" / "comparison.json").read_text())["rows"]) == 4
+
+
+def test_sizes_and_speeds_of_files_come_later(folder) -> None:
+    """A row without a file of its own takes the figures of its type."""
+    rows = [row("base", 0.4, "bf16"), row("lora", 0.9, "bf16"), row("qat", 0.9, "q4_0")]
+    with_files = load_function(f"{FOLDER}/comparison_table.py:with_files")
+    assert with_files(rows, folder / "gguf") == rows
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "base.gguf").write_bytes(b"12345")
+    speed = json.dumps({"tokens_per_s": 7.0, "bytes": 3})
+    (folder / "gguf" / "qat.speed.json").write_text(speed)  # the file itself may be gone
+    base, lora, qat = with_files(rows, folder / "gguf")
+    assert base["bytes"] == lora["bytes"] == 5
+    assert "llama_cpp" not in lora
+    assert (qat["bytes"], qat["llama_cpp"]) == (3, 7.0)
 
 
 PAGE = """

@@ -10,6 +10,10 @@ and, with nothing more to train, `full_q4_0`: the weights of `full`, rounded aft
 describes its `Task`; `sweep` makes the runs of it, `compare` scores them once they are finished:
 every held-out reply bound to the task's schema and free. What was scored or exported is kept in the
 sweep's folder, and only what is missing or out of date is done again.
+
+`--arg steps=N`, `batch_tokens`, `seq_len`, `train`, `test` (conversations at most) and `init`
+change what is done; `--arg export=False` leaves the files for llama.cpp out. comparison_table.py
+says how their sizes and speeds get into the table afterwards, on another machine too.
 """
 
 import dataclasses
@@ -21,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import comparison_table  # of this folder
-import jax
 
-from gemma_jax import runs
+from gemma_jax import runs, tuned
 from gemma_jax.bench.timing import program_bytes
 from gemma_jax.data.conversations import Conversations
 from gemma_jax.errors import UserError
@@ -32,16 +35,16 @@ from gemma_jax.experiment import Experiment, build
 from gemma_jax.experiment_file import argument
 from gemma_jax.files import file_hash, write_json, write_text
 from gemma_jax.model.config import gemma3_270m
+from gemma_jax.model.transformer import Transformer
 from gemma_jax.replied import evaluate_replies
 from gemma_jax.sweep import Sweep, finished_runs, points
-from gemma_jax.training.loop import LoopConfig, jit_step
+from gemma_jax.training.loop import LoopConfig, prepare
 from gemma_jax.training.optim import AdamW, Cosine
-from gemma_jax.training.step import state_like
 from gemma_jax.tuning.lora import Lora, QLora
 from gemma_jax.tuning.qat import Qat
 from gemma_jax.tuning.sft import Scorer, Sft
 
-LIMITS = {"train": 5_000, "valid": 200, "test": 500}  # conversations at most
+LIMITS = {"train": 5_000, "valid": 200, "test": 512}  # conversations at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,12 @@ class Options:
     """What the command line may change (`--arg NAME=VALUE`)."""
 
     init: str
-    epochs: int
+    steps: int
+    batch_tokens: int
+    seq_len: int
     train: int  # conversations at most; 0 where nothing is said
     test: int
-    batch_tokens: int  # of generation
+    reply_tokens: int  # of a batch of generation
     export: bool
 
     @property
@@ -61,13 +66,15 @@ class Options:
         return {split: given.get(split, 0) or most for split, most in LIMITS.items()}
 
 
-def options(*, epochs: int = 2) -> Options:
+def options() -> Options:
     return Options(
         init=argument("init", "runs/gemma"),
-        epochs=argument("epochs", epochs),
+        steps=argument("steps", 96),
+        batch_tokens=argument("batch_tokens", 4 * 2048),
+        seq_len=argument("seq_len", 2048),
         train=argument("train", 0),
         test=argument("test", 0),
-        batch_tokens=argument("batch_tokens", 131_072),
+        reply_tokens=argument("reply_tokens", 524_288),
         export=argument("export", True),
     )
 
@@ -147,7 +154,8 @@ def span_schema(types: Sequence[str], most: int) -> dict[str, Any]:
 
 
 def sweep(task: Task) -> Sweep:
-    """The runs of a task."""
+    """The runs of a task. As many steps for each of them, so that the programs that one task has
+    compiled serve the next."""
     base = Experiment(
         name=f"tuning/{task.name}",
         init=task.options.init,
@@ -155,9 +163,9 @@ def sweep(task: Task) -> Sweep:
         data=Conversations(sources=(str(task.file("train")),), valid=(str(task.file("valid")),)),
         objective=Sft(replies=0),
         optimizer=AdamW(learning_rate=5e-5, weight_decay=0.0, schedule=Cosine(warmup=0.05)),
-        epochs=task.options.epochs,
-        batch_tokens=4 * 2048,
-        seq_len=2048,
+        tokens=task.options.steps * task.options.batch_tokens,
+        batch_tokens=task.options.batch_tokens,
+        seq_len=task.options.seq_len,
         train=LoopConfig(log_every=5, eval_every=1000, checkpoint_every=1000, keep_best=0),
     )
     adapter = {"optimizer.learning_rate": 5e-4}
@@ -212,7 +220,7 @@ def compare(task: Task) -> Callable[[Sweep], str]:
         for variant in variants(task_sweep):
             row = _scored(task, variant, out)
             if task.options.export:
-                row |= _exported(variant, task.folder / "gguf")
+                _export(variant, task.folder / "gguf")
             if variant.experiment is not None:
                 row |= _cost(variant, out)
             rows.append(row)
@@ -223,7 +231,8 @@ def compare(task: Task) -> Callable[[Sweep], str]:
 
 def _scored(task: Task, variant: Variant, out: Path) -> dict[str, Any]:
     """Both evaluations of a variant, from `out` where they are there."""
-    row = {"variant": variant.name, "seed": variant.seed, "folder": str(variant.folder)}
+    row: dict[str, Any] = {"variant": variant.name, "seed": variant.seed}
+    row |= {"label": variant.label, "folder": str(variant.folder), "dtype": variant.dtype}
     loaded = None
     for name, bound in (("bound", True), ("free", False)):
         path = out / f"{variant.label}-{name}.json"
@@ -248,7 +257,7 @@ def _scored(task: Task, variant: Variant, out: Path) -> dict[str, Any]:
                 prompt_format="text" if variant.shots else "chat",
                 limit=task.options.limits["test"],
                 max_new_tokens=task.max_new_tokens,
-                batch_tokens=task.options.batch_tokens,
+                batch_tokens=task.options.reply_tokens,
                 replies=path.with_suffix(".jsonl"),
             )
             known = {"of": wanted, **found}
@@ -263,7 +272,7 @@ def _stamp(folder: Path) -> str:
     return f"{folder} {last.stat().st_mtime_ns}"
 
 
-def _exported(variant: Variant, folder: Path) -> dict[str, Any]:
+def _export(variant: Variant, folder: Path) -> None:
     path, note = folder / f"{variant.label}.gguf", folder / f"{variant.label}.json"
     known = json.loads(note.read_text()) if note.exists() else {}
     if not path.exists() or known.get("weights") != _stamp(variant.folder):
@@ -271,10 +280,6 @@ def _exported(variant: Variant, folder: Path) -> dict[str, Any]:
             old.unlink(missing_ok=True)
         export_model(variant.folder, path, format="gguf", dtype=variant.dtype)
         write_json(note, {"weights": _stamp(variant.folder)})
-    speed = path.with_suffix(".speed.json")
-    found = json.loads(speed.read_text()) if speed.exists() else {}
-    size = {"bytes": path.stat().st_size, "dtype": variant.dtype}
-    return size | {"llama_cpp": found.get("tokens_per_s")}
 
 
 def _cost(variant: Variant, out: Path) -> dict[str, Any]:
@@ -293,10 +298,11 @@ def _cost(variant: Variant, out: Path) -> dict[str, Any]:
 
 
 def _step_bytes(experiment: Experiment) -> int | None:
-    job = build(experiment)
+    job, frozen = build(experiment), None
+    if experiment.adapter is not None:
+        model = Transformer(experiment.model)
+        frozen = tuned.frozen_like(experiment.adapter, model, job.layout)
     with job.layout.active():
-        optimizer = job.optimizer.build(job.axes, job.num_steps)
-        like = state_like(job.layout, job.axes, job.init_params, optimizer, ema=False)
-        step = jit_step(job, optimizer, jax.tree.map(lambda x: x.sharding, like))
+        plan = prepare(job)
         batch = job.layout.place(next(iter(job.batches)), job.batch_size)
-        return program_bytes(step.lower(like, batch, job.load_frozen()).compile())
+        return program_bytes(plan.step.lower(plan.like, batch, frozen).compile())

@@ -3,7 +3,7 @@
 Run     ./launch.sh test clients --collect-only      # makes .venv-clients, once
         .venv-clients/llama_cpp/bin/python experiments/tuning/llama_cpp_speed.py \\
             runs/tuning/trec/gguf [--tokens 128] [--repeats 3]
-Then    the page's own command again, which puts the figures into the table
+Then    .venv/bin/python experiments/tuning/comparison_table.py runs/tuning/trec
 
 Writes NAME.speed.json beside each NAME.gguf: the median of the repeats, and all of them. Knows
 nothing of gemma_jax: llama.cpp has an environment of its own.
@@ -46,6 +46,7 @@ def main() -> None:
         value = {
             "tokens_per_s": statistics.median(found),
             "repeats": found,
+            "bytes": path.stat().st_size,
             "threads": arguments.threads,
             "xllamacpp": metadata.version("xllamacpp"),
         }

@@ -2,8 +2,8 @@
 
 Run     ./launch.sh import gemma-3-270m/ runs/gemma
         ./launch.sh sweep experiments/tuning/ner_finance.py --arg data=PATH/ner_finance.jsonl
-Cost    under 6 minutes on one H100 (estimated): four runs of four epochs over 920 sentences, and
-        140 held-out ones answered twice by each variant
+Cost    under 5 minutes on one H100 (estimated): four runs of 96 steps of 8 192 tokens, and 142
+        held-out sentences answered twice by each variant
 Decide  whether an adapter or 4-bit weights are within two standard errors of full tuning (F1 of
         entities, type and text exact)
 Result  pending
@@ -24,7 +24,6 @@ from typing import Any
 from comparison import (
     Task,
     compare,
-    options,
     source,
     span_schema,
     span_scores,
@@ -59,8 +58,7 @@ TASK = Task(
     schema=span_schema(TYPES, most=20),
     score=score,
     primary="f1",
-    max_new_tokens=384,
-    options=options(epochs=4),
+    max_new_tokens=256,
 )
 if (path := source("data")) is not None:
     write_splits(TASK, conversations(path))

@@ -2,8 +2,8 @@
 
 Run     ./launch.sh import gemma-3-270m/ runs/gemma
         ./launch.sh sweep experiments/tuning/sms_spam.py --arg csv=PATH/sms_spam.csv
-Cost    under 6 minutes on one H100 (estimated): four runs of two epochs over 3 600 messages, and
-        500 held-out ones answered twice by each variant
+Cost    under 5 minutes on one H100 (estimated): four runs of 96 steps of 8 192 tokens, some five
+        epochs of 3 600 messages, and 512 held-out ones answered twice by each variant
 Decide  whether an adapter or 4-bit weights are within two standard errors of full tuning (F1 of the
         spam, which is one message in eight)
 Result  pending

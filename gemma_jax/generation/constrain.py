@@ -104,7 +104,7 @@ def write_bound_texts(
         raise UserError(f"{len(grammars)} grammars for {len(prompts)} prompts; give one a prompt.")
     sampling = sampling or Sampling()
     _, own = check_request(generator.model, prompts, max_new_tokens, seeds)
-    made = [GrammarMatcher(grammar, pieces) for grammar in grammars]
+    made = _matchers(grammars, pieces)
     results: dict[int, BoundCompletion] = {}
     for batch in batches_of(prompts, max_new_tokens, batch_tokens):
         rows = [_Row(made[i], max_new_tokens) for i in batch]
@@ -124,6 +124,17 @@ def write_bound_texts(
             results[i] = row.completion(tokenizer, on_limit)
         advance(len(batch))
     return [results[i] for i in range(len(prompts))]
+
+
+def _matchers(grammars: Sequence[Grammar], pieces: GrammarTokenizer) -> list[GrammarMatcher]:
+    made = []
+    for number, grammar in enumerate(grammars, 1):
+        try:
+            made.append(GrammarMatcher(grammar, pieces))
+        except UserError as error:
+            where = f"prompt {number}: " if any(grammar != one for one in grammars) else ""
+            raise UserError(f"{where}{error}") from None
+    return made
 
 
 def _write(

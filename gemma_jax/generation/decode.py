@@ -64,7 +64,7 @@ class Generator:
         lengths = np.zeros(B, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         all_seeds = np.array(_filled(seeds, B), np.uint32)
-        slots = min(programs.bucket(capacity), config.max_seq_len)
+        slots = min(programs.slots(capacity), config.max_seq_len)
         penalised = sampling.repetition_penalty is not None
         own = None if adapters is None else np.array(_filled(adapters, B), np.int32)
         with active(self._layout):
@@ -107,7 +107,7 @@ class Generator:
         A row that has drawn one of `stop_ids` is done and keeps drawing nothing; its further
         entries are -1. n < steps where all rows are done.
         """
-        size = max(programs.MIN_STEPS, 1 << (steps - 1).bit_length())
+        size = programs.steps(steps)
         ids = tuple(stop_ids)
         with active(self._layout):
             state, tokens, logprobs, n = programs.draw(
@@ -219,7 +219,7 @@ def check_request(
 
 def _width(tokens: int) -> int:
     """One token, or a few that a grammar forces, are no prompt."""
-    return tokens if tokens == 1 else STRETCH if tokens <= STRETCH else programs.bucket(tokens)
+    return tokens if tokens == 1 else STRETCH if tokens <= STRETCH else programs.width(tokens)
 
 
 def _filled(values: Sequence[int], rows: int) -> list[int]:

@@ -120,7 +120,7 @@ class GrammarMatcher:
 
     def __init__(self, grammar: Grammar, tokenizer: GrammarTokenizer) -> None:
         """Raises UserError where the grammar cannot be obeyed, naming what is in the way."""
-        self._tokenizer = tokenizer
+        self._grammar, self._tokenizer = grammar, tokenizer
         self._inner = llguidance.LLMatcher(tokenizer.inner, grammar.source, log_level=0)
         if self._inner.is_error():
             raise UserError(_refusal(grammar, self._inner.get_error()))
@@ -141,8 +141,10 @@ class GrammarMatcher:
         return [] if self.finished else list(self._inner.compute_ff_tokens())
 
     def take(self, tokens: list[int]) -> None:
+        """Raises UserError where the grammar turns out to be too large to follow, or endless."""
         if not self._inner.consume_tokens(tokens):
-            raise RuntimeError(f"llguidance refuses what it allowed: {self._inner.get_error()}")
+            message = self._inner.get_error().partition("\n<state>")[0]
+            raise UserError(_refusal(self._grammar, message))
         self.tokens += tokens
 
     def close(self, limit: int) -> list[int] | None:

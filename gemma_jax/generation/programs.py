@@ -16,7 +16,6 @@ from gemma_jax.model.matrix import select_rows
 from gemma_jax.model.transformer import Transformer, unrolled, unrolled_config
 from gemma_jax.sharding import Layout, current_layout, pin
 
-_MIN_BUCKET = 32
 MIN_STEPS = 8
 
 
@@ -37,18 +36,37 @@ class State(NamedTuple):
     adapters: Any = None  # int32 [B]: which variant of its matrices each row asks for, or None
 
 
-def bucket(length: int) -> int:
-    """A length rounded up."""
-    return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
+def slots(length: int) -> int:
+    """The length of a cache, rounded up."""
+    return max(_least(32, 512), _power(length))
+
+
+def width(length: int) -> int:
+    """The length of a chunk of a prompt, rounded up."""
+    return max(_least(32, 128), _power(length))
+
+
+def steps(length: int) -> int:
+    """The tokens that a program may draw, rounded up; it ends where it is told to."""
+    return max(_least(MIN_STEPS, 512), _power(length))
+
+
+def _least(on_cpu: int, elsewhere: int) -> int:
+    """What is padded costs an accelerator less than one compilation more."""
+    return on_cpu if jax.default_backend() == "cpu" else elsewhere
+
+
+def _power(length: int) -> int:
+    return 1 << (length - 1).bit_length()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def empty_state(
-    config: ModelConfig, slots: int, penalised: bool, seeds: Any, done: Any, adapters: Any
+    config: ModelConfig, length: int, penalised: bool, seeds: Any, done: Any, adapters: Any
 ) -> State:
     B = seeds.shape[0]
     return State(
-        _outside(init_cache(config, B, slots)),
+        _outside(init_cache(config, B, length)),
         jnp.zeros((B, config.embed_dim), config.compute_dtype),
         pin(jnp.zeros(B, jnp.int32)),
         pin(done),
@@ -207,12 +225,12 @@ def trace_advance(
     shapes = jax.eval_shape(lambda params: unrolled(model, params)[1], model.shapes())
     model = Transformer(unrolled_config(model.config))
     params = laid_out(shapes, layout.shardings(model.axes(), shapes))
-    slots = min(bucket(capacity), model.config.max_seq_len)
+    length = min(slots(capacity), model.config.max_seq_len)
     penalised = sampling.repetition_penalty is not None
     whole = layout.replicated()
     seeds, done = (jax.ShapeDtypeStruct((rows,), t, sharding=whole) for t in (jnp.uint32, bool))
     with layout.active():
-        empty = empty_state.lower(model.config, slots, penalised, seeds, done, None)
+        empty = empty_state.lower(model.config, length, penalised, seeds, done, None)
         state = laid_out(empty.out_info, empty.compile().output_shardings)
         limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return draw.trace(model, MIN_STEPS, sampling, (), params, state, limit), params, state

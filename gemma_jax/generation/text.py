@@ -11,6 +11,7 @@ from gemma_jax.generation.sampling import Sampling
 
 STOP_IDS = (EOS, END_OF_TURN)
 STRIDE = 8  # steps between two looks at the text
+_MOST_ROWS = 256  # of a batch: more are hardly faster, and their logits fill gigabytes
 
 
 class TextCompletion(NamedTuple):
@@ -85,6 +86,7 @@ def batches_of(
     while order:
         # A power of two of rows, so that few programs are compiled.
         rows = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        rows = min(rows, _MOST_ROWS)
         rows = 1 << (rows.bit_length() - 1)
         yield order[:rows]
         order = order[rows:]

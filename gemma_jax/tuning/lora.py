@@ -6,6 +6,7 @@ several adapters serve one batch. B starts at zero, so the model starts as its b
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -137,23 +138,31 @@ def init_adapter(settings: Lora, axes: Any, shapes: Any, rng: Array) -> Any:
     """
     own_shapes = dict(_leaves(shapes))
     tree: dict[str, Any] = {}
+    drawn: dict[tuple, list[tuple[Path, Array]]] = {}  # A's by their shape and bound
     pairs = pairs_of(adapter_axes(settings, axes))
     for number, (path, pair) in enumerate(pairs.items()):
         shape = own_shapes[path].shape
         layers = shape[:1] if is_stacked(path) else ()
         rest, cut = shape[len(layers) :], len(pair["a"]) - len(layers) - 1
+        if settings.rank > (most := min(math.prod(rest[:cut]), math.prod(rest[cut:]))):
+            raise UserError(
+                f"Lora.rank={settings.rank} is above {most}, the rank that "
+                f"'{target_of(path)}' itself can have; lower it."
+            )
         a = (*layers, *rest[:cut], settings.rank)
         b = (*layers, settings.rank, *rest[cut:])
         key = jax.random.fold_in(rng, number)
         if path[0] in TABLES:
-            value = {"a": jnp.zeros(a), "b": jax.random.normal(key, b)}
+            _put(tree, path, {"a": jnp.zeros(a), "b": jax.random.normal(key, b)})
         else:
-            bound = math.prod(rest[:cut]) ** -0.5
-            value = {
-                "a": jax.random.uniform(key, a, minval=-bound, maxval=bound),
-                "b": jnp.zeros(b),
-            }
-        _put(tree, path, value)
+            _put(tree, path, {"a": None, "b": jnp.zeros(b)})
+            drawn.setdefault((a, math.prod(rest[:cut]) ** -0.5), []).append((path, key))
+    for (a, bound), group in drawn.items():
+        # Together: the generator is compiled once a shape. Once a matrix took minutes.
+        paths, keys = zip(*group, strict=True)
+        draw = functools.partial(jax.random.uniform, shape=a, minval=-bound, maxval=bound)
+        for path, value in zip(paths, jax.vmap(draw)(jnp.stack(keys)), strict=True):
+            _put(tree, (*path, "a"), value)
     return tree
 
 

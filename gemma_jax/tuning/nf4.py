@@ -10,6 +10,8 @@ magnitudes, less their mean, are quantised in turn, 256 to a block, to 8 bits of
 import dataclasses
 import functools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +31,7 @@ LEVELS = np.array(  # appendix E
     np.float32,
 )
 BLOCK, SCALE_BLOCK = 64, 256
-_PIECE = 1 << 22  # values that are looked at at once
+_PIECE = 1 << 20  # values that a thread looks at at once
 
 
 def _dynamic_levels() -> np.ndarray:
@@ -92,9 +94,13 @@ def _blockwise(values: np.ndarray, levels: np.ndarray, block: int) -> tuple[np.n
     indices = np.empty(blocks.shape, np.uint8)
     with np.errstate(divide="ignore"):
         factors = np.where(magnitudes > 0, np.float32(1) / magnitudes, np.float32(0))
-    for start in range(0, len(blocks), _PIECE // block):
+
+    def look(start: int) -> None:
         part = slice(start, start + _PIECE // block)
         indices[part] = _nearest(np.clip(blocks[part] * factors[part, None], -1, 1), levels)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy lets go of the interpreter
+        list(pool.map(look, range(0, len(blocks), _PIECE // block)))
     return indices.ravel(), magnitudes
 
 

@@ -171,6 +171,13 @@ def test_bad_settings_are_refused(changes: dict, message: str) -> None:
         Lora(**changes)
 
 
+def test_a_rank_is_at_most_that_of_its_matrix(model) -> None:
+    with pytest.raises(UserError, match=r"Lora\.rank=5000 is above \d+, the rank that 'query'"):
+        init_adapter(
+            Lora(targets=("query",), rank=5000), model.axes(), model.shapes(), jax.random.key(0)
+        )
+
+
 def test_a_tied_model_has_no_head(model) -> None:
     with pytest.raises(UserError, match="no matrix 'head'"):
         adapter_axes(Lora(targets=("head",)), model.axes())

@@ -198,6 +198,9 @@ def test_the_command_line_names_adapters(two, folder, capsys) -> None:
         for place in ("one", "base")
     ]
     assert texts == wanted
+    (folder / "asked.jsonl").write_text(json.dumps(lines[0]))  # alone, and none given
+    with pytest.raises(UserError, match="there is no adapter 'one'; none was given"):
+        generate(parse(["generate", "base", "--file", "asked.jsonl"]))
 
 
 def test_peft_there_and_back(two, folder, tmp_path) -> None:
