@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import grain
 
-from gemma_jax import runs, trained, tuned
+from gemma_jax import claims, runs, trained, tuned
 from gemma_jax.data.conversations import Conversations
 from gemma_jax.data.loader import TextBatches, train_batches
 from gemma_jax.data.mixture import Mixture, Stage, check_same_tokenizer, open_sources, open_tokens
@@ -39,13 +39,13 @@ def run(experiment: Experiment) -> dict[str, Any]:
     Builds what it names first. A finished run returns at once; an interrupted one goes on. A
     folder that holds another experiment is refused.
     """
-    runs.check_claim(experiment.folder, experiment)
+    claims.check_claim(experiment.folder, experiment)
     finished = runs.read_result(experiment.folder)
     if finished is not None:
         return finished
-    with runs.held(experiment.folder) as seconds:
+    with claims.held(experiment.folder) as seconds:
         job = build(experiment)
-        runs.claim(experiment.folder, experiment)  # the input is known to be good
+        claims.claim(experiment.folder, experiment)  # the input is known to be good
         outcome = train(job)
         result = {
             "name": experiment.name,
@@ -68,7 +68,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
 def finished_result(experiment: Experiment) -> dict[str, Any] | None:
     """The result of a run that is finished; None where it is not, or was of other settings."""
     try:
-        runs.check_claim(experiment.folder, experiment)
+        claims.check_claim(experiment.folder, experiment)
     except UserError:
         return None
     return runs.read_result(experiment.folder)
@@ -94,7 +94,7 @@ def build(experiment: Experiment) -> Job:
         num_steps=source.num_steps,
         evaluate=source.evaluate,
         objective=build_objective(experiment, source.most_documents),
-        is_same=lambda saved: not runs.conflicts(experiment, saved),
+        is_same=lambda saved: not claims.conflicts(experiment, saved),
         shard_records=source.records,
     )
 

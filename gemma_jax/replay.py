@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gemma_jax import runs
+from gemma_jax import claims
 from gemma_jax.errors import UserError
 from gemma_jax.experiment import build
 from gemma_jax.experiment_config import Experiment
@@ -31,8 +31,8 @@ def replay(experiment: Experiment, step: int) -> dict[str, Any]:
     - `not_finite`: the first `parameter` before the step, the first `activation` on the way through
       the layers (without dropout) and the first `gradient` that is not, None where all are.
     """
-    runs.check_claim(experiment.folder, experiment)
-    with runs.alone(experiment.folder):
+    claims.check_claim(experiment.folder, experiment)
+    with claims.alone(experiment.folder):
         job = build(experiment)
         if not 1 <= step <= job.num_steps:
             raise UserError(f"--replay {step} is outside of the run's steps, 1 to {job.num_steps}.")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma_jax import runs
+from gemma_jax import claims, runs
 from gemma_jax.data.mixture import check_same_tokenizer
 from gemma_jax.data.packing import packed_sequences
 from gemma_jax.data.tokens import Corpus, TokenSet, build_tokens
@@ -229,7 +229,7 @@ def find_shards(
     if not check_begun(path, wanted) or not (path / LESSON).exists():
         return None
     saved = read_json(path / LESSON, "the teacher of a folder of shards")
-    for name, here, there in runs.conflicts({"teacher": lesson}, saved):
+    for name, here, there in claims.conflicts({"teacher": lesson}, saved):
         if name == "teacher.name":  # where it lies is nothing that the targets depend on
             continue
         raise UserError(

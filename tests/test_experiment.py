@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax import experiment, runs
+from gemma_jax import claims, experiment, runs
 from gemma_jax.data.mixture import open_tokens
 from gemma_jax.data.packing import packed_sequences
 from gemma_jax.data.tokenizer import TokenizerConfig
@@ -138,11 +138,11 @@ def test_what_does_not_fit_a_teacher_is_refused_before_it_is_trained(base, chang
 def test_a_folder_that_another_process_trains_in_is_refused(base, result):
     other = dataclasses.replace(base, name="held")
     with (
-        locked(other.folder, name=runs.LOCK),
+        locked(other.folder, name=claims.LOCK),
         pytest.raises(UserError, match=rf"runs/held is being trained by process {os.getpid()};"),
     ):
         run(other)
-    with locked(base.folder, name=runs.LOCK):
+    with locked(base.folder, name=claims.LOCK):
         assert run(base)["loss"] == result["loss"]  # a finished run needs nothing
 
 
@@ -172,11 +172,11 @@ def test_a_token_set_may_lie_in_the_folder_of_its_run(base, monkeypatch):
 
 def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):
     clock = iter([0.0, 100.0, 1000.0, 1005.0])
-    monkeypatch.setattr(runs.time, "time", lambda: next(clock))
-    runs.claim(tmp_path, {"name": "x"})
-    with pytest.raises(Interrupted), runs.held(tmp_path):
+    monkeypatch.setattr(claims.time, "time", lambda: next(clock))
+    claims.claim(tmp_path, {"name": "x"})
+    with pytest.raises(Interrupted), claims.held(tmp_path):
         raise Interrupted
-    with runs.held(tmp_path) as seconds:
+    with claims.held(tmp_path) as seconds:
         assert seconds() == 105.0
         runs.write_result(tmp_path, {})
 
@@ -184,22 +184,22 @@ def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_run_that_has_begun_keeps_its_settings_when_it_is_refused(tmp_path, begun):
     """Its checkpoints may be on a disk that is away; one that has not lets go of the folder."""
-    runs.claim(tmp_path, {"name": "x"})
+    claims.claim(tmp_path, {"name": "x"})
     if begun:
         (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
-    with pytest.raises(UserError, match="away"), runs.held(tmp_path):
+    with pytest.raises(UserError, match="away"), claims.held(tmp_path):
         raise UserError("it is away.")
     assert (tmp_path / "experiment.json").exists() == begun
 
 
 def test_a_full_disk_is_told_by_what_met_it_first(tmp_path, monkeypatch):
-    runs.claim(tmp_path, {"name": "x"})
+    claims.claim(tmp_path, {"name": "x"})
 
     def refuse(path, value):
         raise UserError("another sentence")
 
-    monkeypatch.setattr(runs, "write_json", refuse)
-    with pytest.raises(Preempted, match="saved"), runs.held(tmp_path):
+    monkeypatch.setattr(claims, "write_json", refuse)
+    with pytest.raises(Preempted, match="saved"), claims.held(tmp_path):
         raise Preempted("saved")
 
 
@@ -294,18 +294,18 @@ def test_a_checkpoint_is_a_model_too(base, result):
 
 def test_a_later_start_with_another_commit_is_noted(folder, monkeypatch):
     path, settings = Path("claimed"), {"name": "x"}
-    runs.claim(path, settings)
+    claims.claim(path, settings)
     first = json.loads((path / "experiment.json").read_text())
-    runs.claim(path, settings)
+    claims.claim(path, settings)
     assert json.loads((path / "experiment.json").read_text()) == first
-    monkeypatch.setattr(runs, "commit", lambda: "another")
-    runs.claim(path, settings)
-    runs.claim(path, settings)
+    monkeypatch.setattr(claims, "commit", lambda: "another")
+    claims.claim(path, settings)
+    claims.claim(path, settings)
     saved = json.loads((path / "experiment.json").read_text())
     assert [start["commit"] for start in saved.pop("resumed_with")] == ["another"]
     assert saved == first
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    runs.claim(Path("second_host"), settings)
+    claims.claim(Path("second_host"), settings)
     assert not Path("second_host").exists()
 
 

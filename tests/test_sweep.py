@@ -11,13 +11,14 @@ import pytest
 from matplotlib.axes import Axes
 
 from gemma_jax import sweep as sweeps
+from gemma_jax.claims import claim
 from gemma_jax.distill.objective import Distill
 from gemma_jax.errors import UserError
 from gemma_jax.experiment import Experiment, TeacherRun
 from gemma_jax.machines.results import collect
 from gemma_jax.machines.shell import Shell
 from gemma_jax.model.config import ModelConfig
-from gemma_jax.runs import RUNS, claim, write_result
+from gemma_jax.runs import RUNS, write_result
 from gemma_jax.settings import to_json
 from gemma_jax.sweep import Row, grid, markdown, points, run_sweep, tabulate
 from gemma_jax.training.objective import Xent

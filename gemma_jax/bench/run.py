@@ -8,9 +8,9 @@ import jax
 from gemma_jax.bench import peers, running, training
 from gemma_jax.bench.config import BenchConfig, What
 from gemma_jax.bench.timing import Row, environment
+from gemma_jax.claims import commit
 from gemma_jax.errors import UserError
 from gemma_jax.model.config import flops_per_token
-from gemma_jax.runs import commit
 from gemma_jax.settings import to_json
 
 _KINDS: dict[What, Callable[[BenchConfig], list[Row]]] = {

@@ -26,8 +26,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.errors import UserError
+from gemma_jax.ops import vocab_softmax
 from gemma_jax.ops.hardware import on_hopper
 from gemma_jax.ops.table import own_ids, table_parts
+from gemma_jax.ops.vocab_softmax import VocabStats
 
 HeadBackend = Literal["auto", "xla", "fused"]
 
@@ -35,19 +37,6 @@ _CHUNK_LOGITS = 2**28  # 1 GiB of float32
 _FUSED_LOGITS = 2**30  # 2 GiB of bfloat16
 _CHUNK_TOKENS = 4096  # larger chunks no longer make the matmuls faster
 _ROWS = 256  # a chunk of the fused kernel is a multiple of this
-_FAR = 60.0  # nats
-
-
-class VocabStats(NamedTuple):
-    """What the head knows of each token; no gradient flows through it.
-
-    `target_logits >= max_logit[..., None]` says whether a target is the likeliest token (a tie
-    counts as yes); `target_logits - lse[..., None]` is its log-probability.
-    """
-
-    lse: Float[Array, "*n"]
-    max_logit: Float[Array, "*n"]
-    target_logits: Float[Array, "*n M"]
 
 
 class _Settings(NamedTuple):
@@ -249,9 +238,9 @@ def _chunk(
 ) -> _Result:
     places, here = own_ids(ids, table.shape[0], axis)
     if fused:
-        s = _fused_softmax(axis, table, hidden, places, here)
+        s = vocab_softmax.by_kernel(axis, table, hidden, places, here)
     else:
-        s = _softmax(settings.softcap, axis, table, hidden, places, here)
+        s = vocab_softmax.by_logits(settings.softcap, axis, table, hidden, places, here)
     lse, stats = s.stats.lse, s.stats
     total = w.sum(axis=-1)
     loss = (total * lse * (1 + settings.z_loss * lse)).sum() - (w * stats.target_logits).sum()
@@ -274,74 +263,6 @@ def _chunk(
     scaled = (hidden.astype(jnp.float32) * scale).astype(hidden.dtype)
     d_table = jnp.einsum("nV,nD->VD", p, scaled, preferred_element_type=jnp.float32)
     return loss, stats, (d_hidden.astype(hidden.dtype), d_table)
-
-
-class _Softmax(NamedTuple):
-    """A softmax that is not divided by its sum: p = exp(z - shift), this device's columns of it,
-    times the slope of a softcap, in the dtype of the matmuls; `sum` is over all columns."""
-
-    p: Float[Array, "n V"]
-    sum: Float[Array, " n"]
-    shift: Float[Array, " n"]
-    stats: VocabStats
-
-
-def _softmax(
-    softcap: float | None,
-    axis: str | None,
-    table: Array,
-    hidden: Array,
-    places: Array,
-    here: Array,
-) -> _Softmax:
-    """By way of the logits."""
-    z = jnp.einsum("nD,VD->nV", hidden, table, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        z = softcap * jnp.tanh(z / softcap)
-    top = z.max(axis=-1)
-    if axis is not None:
-        top = jax.lax.pmax(top, axis)
-    p = jnp.exp(z - top[:, None])
-    total = p.sum(axis=-1)
-    targets = jnp.take_along_axis(z, places, axis=-1, mode="clip")
-    if axis is not None:
-        targets = jnp.where(here, targets, 0)
-        joined = jax.lax.psum(jnp.concatenate([total[:, None], targets], axis=-1), axis)
-        total, targets = joined[:, 0], joined[:, 1:]
-    if softcap is not None:
-        p = p * (1 - jnp.square(z / softcap))
-    stats = VocabStats(top + jnp.log(total), top, targets)
-    return _Softmax(p.astype(hidden.dtype), total, top, stats)
-
-
-def _fused_softmax(
-    axis: str | None, table: Array, hidden: Array, places: Array, here: Array
-) -> _Softmax:
-    """By a kernel that never writes the logits, and must be told a shift before it has seen them.
-
-    The target's logit is a good one: a token's loss would have to be over `_FAR` nats for the
-    exponentials to grow too large, and then they are made once more, with the maximum itself.
-    """
-    from gemma_jax.ops.vocab_kernel import exp_logits
-
-    rows = table.at[places].get(mode="clip")
-    targets = jnp.einsum("nMD,nD->nM", rows, hidden, preferred_element_type=jnp.float32)
-    if axis is not None:
-        targets = jax.lax.psum(jnp.where(here, targets, 0), axis)
-    shift = targets.max(axis=-1)
-    p, total, top = exp_logits(hidden, table, shift)
-    if axis is not None:
-        top = jax.lax.pmax(top, axis)
-
-    def again(_: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        return *exp_logits(hidden, table, top)[:2], top
-
-    p, total, shift = jax.lax.while_loop(
-        lambda state: (top - state[2] > _FAR).any(), again, (p, total, shift)
-    )
-    if axis is not None:
-        total = jax.lax.psum(total, axis)
-    return _Softmax(p, total, shift, VocabStats(shift + jnp.log(total), top, targets))
 
 
 def dense_vocab_loss(

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax.claims import commit
 from gemma_jax.plan.chips import Hardware
 from gemma_jax.plan.compiling import Compiled, compile_step, devices_of, no_cache, versions
 from gemma_jax.plan.estimate import (
@@ -17,7 +18,6 @@ from gemma_jax.plan.flops import count_flops
 from gemma_jax.plan.memory import Memory
 from gemma_jax.plan.programs import Task, trace
 from gemma_jax.plan.roofline import SECONDS_A_DAY, Roofline, Traffic, roofline, traffic
-from gemma_jax.runs import commit
 from gemma_jax.sharding import make_layout
 
 type Plan = dict[str, Any]
