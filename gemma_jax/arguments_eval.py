@@ -1,11 +1,11 @@
 """The options of `eval` beside those that say which text: tasks, and replies to conversations."""
 
 import argparse
-from collections.abc import Callable
+
+from gemma_jax.options import positive
 
 
-def add_eval(one: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """`positive` is the type of a whole number from 1 on."""
+def add_eval(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--quantization",
         choices=("q4_0", "int4", "sfp8"),

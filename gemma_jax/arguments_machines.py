@@ -4,18 +4,19 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from gemma_jax.options import positive
+
 type Add = Callable[..., argparse.ArgumentParser]
-type Number = Callable[[str], int]
 
 _COMMAND = "what to run there, after two dashes: -- train mine.py --set mesh.fsdp=4"
 _SWEEP = "the sweep, after two dashes: -- mine.py --seeds 0,1,2"
 
 
-def add_machines(add: Add, positive: Number) -> None:
+def add_machines(add: Add) -> None:
     """Adds the three verbs, each with its actions."""
-    _tpu(_actions(add, "tpu", "A slice of Cloud TPUs, over gcloud (docs/cloud_tpu.md)."), positive)
-    _gke(_actions(add, "gke", "TPUs of a GKE cluster, over xpk: slices and queues."), positive)
-    _slurm(_actions(add, "slurm", "GPU nodes of a SLURM cluster, over sbatch."), positive)
+    _tpu(_actions(add, "tpu", "A slice of Cloud TPUs, over gcloud (docs/cloud_tpu.md)."))
+    _gke(_actions(add, "gke", "TPUs of a GKE cluster, over xpk: slices and queues."))
+    _slurm(_actions(add, "slurm", "GPU nodes of a SLURM cluster, over sbatch."))
 
 
 def _actions(add: Add, verb: str, help: str) -> Callable[..., argparse.ArgumentParser]:
@@ -32,7 +33,7 @@ def _actions(add: Add, verb: str, help: str) -> Callable[..., argparse.ArgumentP
     return action
 
 
-def _tpu(action: Callable[..., argparse.ArgumentParser], positive: Number) -> None:
+def _tpu(action: Callable[..., argparse.ArgumentParser]) -> None:
     for name, help in (
         ("create", "Ask for a slice."),
         ("run", "Run a command on a slice: made, set up, watched, started again if preempted."),
@@ -52,7 +53,7 @@ def _tpu(action: Callable[..., argparse.ArgumentParser], positive: Number) -> No
             one.add_argument("--json", action="store_true", help="print one JSON value on stdout")
         if name in ("run", "sweep"):
             one.add_argument("--bucket", metavar="gs://PLACE", help="where code and runs are kept")
-            _job_options(one, positive, name)
+            _job_options(one, name)
             one.add_argument(
                 "--poll-s", type=float, default=20.0, help="seconds from one look to the next"
             )
@@ -64,7 +65,7 @@ def _tpu(action: Callable[..., argparse.ArgumentParser], positive: Number) -> No
             one.add_argument("--worker", type=int, default=0, help="from 0 on")
 
 
-def _gke(action: Callable[..., argparse.ArgumentParser], positive: Number) -> None:
+def _gke(action: Callable[..., argparse.ArgumentParser]) -> None:
     for name, help in (
         ("run", "Hand a command in; the cluster starts it again after a preemption."),
         ("sweep", "Hand in a job for each point of a sweep: NAME-0, NAME-1, ..."),
@@ -88,12 +89,12 @@ def _gke(action: Callable[..., argparse.ArgumentParser], positive: Number) -> No
                 help="in the queue",
             )
             one.add_argument("--image", default="python:3.12", help="base of the containers")
-            _job_options(one, positive, name)
+            _job_options(one, name)
         if name == "logs":
             one.add_argument("--follow", action="store_true", help="go on as they grow")
 
 
-def _slurm(action: Callable[..., argparse.ArgumentParser], positive: Number) -> None:
+def _slurm(action: Callable[..., argparse.ArgumentParser]) -> None:
     for name, help in (
         ("run", "Hand a command in: one process a node, again after a preemption."),
         ("sweep", "Hand in an array with a job for each point of a sweep."),
@@ -116,14 +117,14 @@ def _slurm(action: Callable[..., argparse.ArgumentParser], positive: Number) -> 
                 metavar="OPTION",
                 help="another option of sbatch, as --sbatch=--mem=0; may be given several times",
             )
-            _job_options(one, positive, name)
+            _job_options(one, name)
         if name == "sweep":
             one.add_argument("--at-once", type=positive, help="jobs that run at a time, at most")
         if name == "logs":
             one.add_argument("--worker", type=int, default=0, help="process, from 0 on")
 
 
-def _job_options(one: argparse.ArgumentParser, positive: Number, action: str) -> None:
+def _job_options(one: argparse.ArgumentParser, action: str) -> None:
     options: dict[str, Any] = {"action": "append", "metavar": "FOLDER"}
     one.add_argument(
         "--keep",

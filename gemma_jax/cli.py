@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_jax import cli_bench, cli_eval, cli_machines, cli_models, cli_plan, report
-from gemma_jax.arguments import parse, seed
+from gemma_jax.arguments import parse
 from gemma_jax.errors import (
     INTERRUPTED_CODE,
     PREEMPTED_CODE,
@@ -24,6 +24,7 @@ from gemma_jax.errors import (
     UserError,
 )
 from gemma_jax.files import disk_errors
+from gemma_jax.options import seed
 from gemma_jax.process import (
     import_uninterrupted,
     join_processes,

@@ -18,8 +18,12 @@ def plan(arguments: argparse.Namespace, experiment: Any) -> None:
         raise UserError("give either --topology, such as v5e:4x4, or --device, such as h100:8.")
     if arguments.device is not None and arguments.slices != 1:
         raise UserError("--slices is for --topology; --device counts all chips.")
+    if arguments.count is not None and not arguments.search:
+        raise UserError(f"--count {arguments.count} is for --search; give both or neither.")
+    if arguments.rows is not None and arguments.step != "decode":
+        raise UserError(f"--rows {arguments.rows} is for --step decode; give both or neither.")
     jax.config.update("jax_platforms", "cpu")  # whatever is here is left alone
-    task = Task(arguments.step, experiment, arguments.rows)
+    task = Task(arguments.step, experiment, arguments.rows or 1)
     try:
         if arguments.device is not None:
             hardware = parse_device(arguments.device)
@@ -28,7 +32,7 @@ def plan(arguments: argparse.Namespace, experiment: Any) -> None:
             hardware = parse_topology(arguments.topology, arguments.slices)
             compiles = True
         if arguments.search:
-            plans = search.search(task, hardware, arguments.count, compiles=compiles)
+            plans = search.search(task, hardware, arguments.count or 4, compiles=compiles)
             best = f"\nthe first: {table.settings(plans[0])}" if plans else ""
             report.emit(arguments, plans, table.ranking(plans) + best)
             return

@@ -234,6 +234,8 @@ def test_the_command(here, monkeypatch, capsys):
         ("--topology v5e:2x4 --set batch_tokens=96", "does not divide by the 8 devices"),
         ("--topology v5e:2x4 --step decode --rows 3", "power of two"),
         ("--device v5e:8 --step decode --rows 3", "power of two"),
+        ("--device v5e:8 --rows 8", "--step decode"),
+        ("--device v5e:8 --count 2", "--search"),
         ("--topology v5e:2x4 --point c", "there is no point 'c'"),
         ("--topology v5e:2x4 --step teacher --set objective=Distill(shards='s')", "who teaches"),
     ],
