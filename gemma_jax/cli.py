@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma_jax import cli_bench, cli_eval, cli_machines, cli_models, cli_plan, report
 from gemma_jax.arguments import parse
+from gemma_jax.cli_files import load_base, load_point, load_sweep, load_sweep_file
 from gemma_jax.errors import (
     INTERRUPTED_CODE,
     PREEMPTED_CODE,
@@ -24,7 +24,6 @@ from gemma_jax.errors import (
     UserError,
 )
 from gemma_jax.files import disk_errors
-from gemma_jax.options import seed
 from gemma_jax.process import (
     import_uninterrupted,
     join_processes,
@@ -107,7 +106,7 @@ def _quickstart(arguments: argparse.Namespace) -> None:
     from gemma_jax import quickstart
 
     path = Path(arguments.file) if arguments.file else quickstart.default_file()
-    sweep = _load_sweep(path, arguments)
+    sweep = load_sweep(path, arguments)
     summary = quickstart.quickstart(sweep)
     report.emit(arguments, summary, quickstart.report(summary))
 
@@ -143,7 +142,7 @@ def _tokenizer_train(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from gemma_jax.experiment import run
 
-    experiment = _load_point(arguments)
+    experiment = load_point(arguments)
     if arguments.replay is not None:
         from gemma_jax.replay import replay
 
@@ -190,7 +189,7 @@ def _teacher_verify(arguments: argparse.Namespace) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     from gemma_jax.sweep import markdown, run_sweep, tabulate
 
-    sweep, after = _load_sweep_file(Path(arguments.file), arguments)
+    sweep, after = load_sweep_file(Path(arguments.file), arguments)
     if arguments.list:
         report.emit(arguments, list(sweep.points), "\n".join(sweep.points))
         return
@@ -227,7 +226,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     elif (Path(what) / MODEL).exists():
         config = override(read_config(Path(what) / MODEL), parse_assignments(arguments.set, {}))
     elif what.endswith(".py"):
-        experiment = _load_base(Path(what), arguments)
+        experiment = load_base(Path(what), arguments)
         config, seq_len = experiment.model, seq_len or experiment.seq_len
     elif Path(what).is_dir():
         raise no_run(Path(what))
@@ -246,74 +245,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    cli_plan.plan(arguments, _load_point(arguments))
-
-
-def _load_file(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from gemma_jax.experiment_file import load_file
-    from gemma_jax.settings import parse_assignments
-
-    return load_file(path, parse_assignments(arguments.arg, {}))
-
-
-def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    from gemma_jax.experiment_config import SETTINGS
-    from gemma_jax.settings import parse_assignments
-
-    return parse_assignments(arguments.set, SETTINGS)
-
-
-def _load_base(path: Path, arguments: argparse.Namespace) -> Any:
-    from gemma_jax.settings import override
-
-    defined = _load_file(path, arguments)
-    base = defined["BASE"] if "BASE" in defined else defined["SWEEP"].base
-    return override(base, _changes(arguments))
-
-
-def _load_point(arguments: argparse.Namespace) -> Any:
-    """The experiment of `--point`, or BASE."""
-    if arguments.point is None:
-        return _load_base(Path(arguments.file), arguments)
-    sweep = _load_sweep(Path(arguments.file), arguments)
-    if arguments.point not in sweep.points:
-        known = ", ".join(sweep.points)
-        raise UserError(f"there is no point '{arguments.point}'; there are: {known}.")
-    return sweep.experiment(arguments.point, sweep.seeds[0])
-
-
-def _load_sweep(path: Path, arguments: argparse.Namespace) -> Any:
-    return _load_sweep_file(path, arguments)[0]
-
-
-def _load_sweep_file(path: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The SWEEP of a file with the changes of the command line, and its AFTER or None."""
-    import dataclasses
-
-    from gemma_jax.settings import override
-
-    defined = _load_file(path, arguments)
-    if "SWEEP" not in defined:
-        raise UserError(f"{path} defines no SWEEP; use `gemma-jax train {path}`.")
-    sweep, changes = defined["SWEEP"], _changes(arguments)
-    seeds = sweep.seeds
-    if "seed" in changes:
-        if arguments.verb == "sweep":
-            raise UserError(
-                f"--set seed={changes['seed']} is for one run, and a sweep has seeds; use --seeds "
-                f"{changes['seed']}."
-            )
-        seeds = (changes["seed"],)
-    if getattr(arguments, "seeds", None) is not None:
-        try:
-            seeds = tuple(seed(text) for text in arguments.seeds.split(","))
-        except (ValueError, argparse.ArgumentTypeError):
-            raise UserError(
-                f"--seeds '{arguments.seeds}' must be whole numbers from 0 on, with commas, "
-                "such as 0,1,2."
-            ) from None
-    sweep = dataclasses.replace(sweep, base=override(sweep.base, changes), seeds=seeds)
-    return sweep, defined.get("AFTER")
+    cli_plan.plan(arguments, load_point(arguments))
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {

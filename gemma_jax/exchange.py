@@ -15,7 +15,7 @@ from gemma_jax.adapted import Weights
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.errors import UserError
 from gemma_jax.files import PARTIAL_SUFFIX, disk_errors, read_json, write_json, write_text
-from gemma_jax.interop import gguf, hf, peft, tokenizers
+from gemma_jax.interop import gguf, hf, hf_tensors, peft, tokenizers
 from gemma_jax.interop.gguf_file import GgufFile
 from gemma_jax.interop.names import Weight, weight_table
 from gemma_jax.interop.tensors import Tensors, by_name, check_names, pieces
@@ -46,7 +46,9 @@ def import_model(
         raise UserError(f"{source} is no adapter, so it has no base; leave base={base} out.")
     if source.is_dir():
         config, multimodal = hf.read_config(source)
-        tensors: Tensors = hf.HfTensors(source, multimodal=multimodal, tied=config.tied_embedding)
+        tensors: Tensors = hf_tensors.HfTensors(
+            source, multimodal=multimodal, tied=config.tied_embedding
+        )
         tokenizer, column = tokenizers.from_hf(source), "hf"
     else:
         file = GgufFile(source)
@@ -82,7 +84,7 @@ def export_model(
     """
     if format == "peft":
         return _export_adapter(checkpoint, Path(dest))
-    kinds = {"hf": hf.DTYPES, "gguf": gguf.DTYPES}
+    kinds = {"hf": hf_tensors.DTYPES, "gguf": gguf.DTYPES}
     if format not in kinds:
         raise UserError(f"format={format!r} must be one of {', '.join(kinds)}, peft.")
     if dtype not in kinds[format]:
@@ -98,7 +100,7 @@ def export_model(
         if format == "hf":
             settings = hf.to_config(config, dtype)
             with _aside(dest) as folder:
-                hf.write_tensors(folder, weights, read, dtype)
+                hf_tensors.write_tensors(folder, weights, read, dtype)
                 tokenizers.to_hf(tokenizer, folder, context=config.max_seq_len)
                 write_json(folder / hf.CONFIG, settings)
                 write_json(folder / hf.GENERATION, hf.generation_config(tokenizer.vocab_size))

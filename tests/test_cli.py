@@ -20,7 +20,7 @@ from command_line import (
     write_inputs,
 )
 
-from gemma_jax import arguments, cli, report
+from gemma_jax import arguments, cli, cli_files, report
 
 TEACHER = "teacher runs/tiny tokens"
 PROCESSES = {"--coordinator", "--distributed", "--num-processes", "--process-id"}
@@ -190,7 +190,7 @@ def test_the_points_of_a_sweep_are_listed(made: dict[str, Any]) -> None:
 
 def test_one_point_is_trained_with_the_seed_that_is_set(made: dict[str, Any]) -> None:
     given = arguments.parse(["train", "exp.py", "--point", "a", "--set", "seed=3"])
-    assert cli._load_sweep(Path("exp.py"), given).seeds == (3,)
+    assert cli_files.load_sweep(Path("exp.py"), given).seeds == (3,)
 
 
 def test_verbs_and_options_are_frozen() -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_jax.errors import UserError
 from gemma_jax.exchange import export_model, import_model
-from gemma_jax.interop import hf
+from gemma_jax.interop import hf, hf_tensors
 from gemma_jax.interop.hf import read_config
 
 CONFIG = config(embed_dim=32, mlp_dim=32, head_dim=8, num_layers=4, global_rope_scale=8.0)
@@ -185,7 +185,7 @@ def split(folder: Path) -> dict:
         save_file(part, folder / name)
         places |= dict.fromkeys(part, name)
     index = {"metadata": {}, "weight_map": places}
-    (folder / hf.INDEX).write_text(json.dumps(index))
+    (folder / hf_tensors.INDEX).write_text(json.dumps(index))
     return index
 
 
@@ -199,7 +199,7 @@ def test_bad_indices(folder: Path) -> None:
     first = sorted(folder.glob("*.safetensors"))[0]
 
     def refused_index(index: object, match: str) -> None:
-        (folder / hf.INDEX).write_text(json.dumps(index))
+        (folder / hf_tensors.INDEX).write_text(json.dumps(index))
         refused(folder, match)
 
     refused_index({}, "is no index of files")
@@ -215,7 +215,7 @@ def test_bad_indices(folder: Path) -> None:
 def test_large_models_are_written_in_several_files(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "_FILE_BYTES", 60_000)
+    monkeypatch.setattr(hf_tensors, "_FILE_BYTES", 60_000)
     export_model(run, tmp_path / "hf", format="hf", dtype="f32")
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
     check_weights(run, tmp_path / "hf")
