@@ -224,9 +224,10 @@ class Transformer:
 
         Prefill and decoding alike. Positions are absolute and below the cache's length; tokens
         with segment id 0 are padding, neither seen nor stored. `fresh` says that the cache is
-        empty and the positions are 0, 1, ...: the same result, at the cost of `hidden`.
+        empty, the positions are 0, 1, ... and padding comes last: the same result, at the cost of
+        `hidden`.
         """
-        place = Place(positions, segment_ids)
+        place = Place(positions, segment_ids, most_documents=2 if fresh else None)
         outcome: Any = Decoder(self.config, fresh).apply({"params": params}, tokens, place, cache)
         return outcome
 
