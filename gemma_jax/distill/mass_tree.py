@@ -70,7 +70,8 @@ class MassTree(NamedTuple):
 
 def mass_tree(logits: jax.Array, label_logits: jax.Array, split: VocabSplit | None) -> MassTree:
     """Of float32 logits [n, V], of which -inf stands for no mass; with `split`, this device's
-    columns. `label_logits` [n] are those of ids that are likely."""
+    columns. `label_logits` [n] are those of ids that are mostly likely: on a GPU they take the
+    place of the maximum."""
     leaves = _blocks(logits, -jnp.inf)
     masses = _in_one_pass(leaves, label_logits, split) if on_gpu() else _in_passes(leaves, split)
     levels, upper, total = _sum_tree(masses.sums, split)

@@ -14,6 +14,7 @@ from gemma_jax.model.cache import Cache, init_cache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.matrix import select_rows
 from gemma_jax.model.transformer import Transformer, unrolled, unrolled_config
+from gemma_jax.ops.hardware import on_gpu, on_tpu
 from gemma_jax.sharding import Layout, current_layout, pin
 
 MIN_STEPS = 8
@@ -53,7 +54,7 @@ def steps(length: int) -> int:
 
 def _least(on_cpu: int, elsewhere: int) -> int:
     """What is padded costs an accelerator less than one compilation more."""
-    return on_cpu if jax.default_backend() == "cpu" else elsewhere
+    return elsewhere if on_gpu() or on_tpu() else on_cpu
 
 
 def _power(length: int) -> int:
@@ -225,11 +226,11 @@ def trace_advance(
     shapes = jax.eval_shape(lambda params: unrolled(model, params)[1], model.shapes())
     model = Transformer(unrolled_config(model.config))
     params = laid_out(shapes, layout.shardings(model.axes(), shapes))
-    length = min(slots(capacity), model.config.max_seq_len)
     penalised = sampling.repetition_penalty is not None
     whole = layout.replicated()
     seeds, done = (jax.ShapeDtypeStruct((rows,), t, sharding=whole) for t in (jnp.uint32, bool))
     with layout.active():
+        length = min(slots(capacity), model.config.max_seq_len)
         empty = empty_state.lower(model.config, length, penalised, seeds, done, None)
         state = laid_out(empty.out_info, empty.compile().output_shardings)
         limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)

@@ -59,7 +59,8 @@ def cudnn_attention(
         return jax.nn.dot_product_attention(
             q, k, v, scale=1.0, is_causal=True, local_window_size=window, implementation="cudnn"
         )
-    return _packed(otherwise, spec.window, spec.most_documents, q, k, v, spec.q_segment_ids)
+    how = _How(otherwise, spec.window, spec.most_documents)
+    return _packed(how, q, k, v, spec.q_segment_ids)
 
 
 class Documents(NamedTuple):
@@ -94,39 +95,34 @@ def documents(ids: Int[Array, "B T"], most: int) -> Documents:
     return Documents(starts, lengths, complete.all())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _packed(
-    otherwise: _Run,
-    window: int | None,
-    promised: int | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    ids: Array,
-) -> Array:
-    return _forward(otherwise, window, promised, q, k, v, ids)[0]
+class _How(NamedTuple):
+    otherwise: _Run
+    window: int | None
+    promised: int | None  # documents of a sequence at most
+
+    def documents(self, ids: Array) -> Documents:
+        return documents(ids, self.promised or documents_expected(ids.shape[1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed(how: _How, q: Array, k: Array, v: Array, ids: Array) -> Array:
+    return _forward(how, q, k, v, ids)[0]
 
 
 def _forward(
-    otherwise: _Run,
-    window: int | None,
-    promised: int | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    ids: Array,
+    how: _How, q: Array, k: Array, v: Array, ids: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    found = documents(ids, promised or documents_expected(ids.shape[1]))
+    found = how.documents(ids)
 
     def fused(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        out, residuals = _rule("_dot_product_attention_fwd_rule", window, q, k, v, found)
+        out, residuals = _rule("_dot_product_attention_fwd_rule", how.window, q, k, v, found)
         return out, residuals[-2]  # before the output: the log-sum-exp of each query
 
     def other(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         shape = jax.eval_shape(fused, q, k, v)[1]
-        return otherwise(q, k, v, _spec(window, ids)), jnp.zeros(shape.shape, shape.dtype)
+        return how.otherwise(q, k, v, _spec(how.window, ids)), jnp.zeros(shape.shape, shape.dtype)
 
-    if promised is None:
+    if how.promised is None:
         out, statistic = jax.lax.cond(found.complete, fused, other, q, k, v)
     else:
         out, statistic = fused(q, k, v)
@@ -134,25 +130,21 @@ def _forward(
 
 
 def _backward(
-    otherwise: _Run,
-    window: int | None,
-    promised: int | None,
-    residuals: tuple[Array, ...],
-    gradient: Array,
+    how: _How, residuals: tuple[Array, ...], gradient: Array
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, ids, out, statistic = residuals
-    found = documents(ids, promised or documents_expected(ids.shape[1]))
+    found = how.documents(ids)
 
     def fused(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, Array, Array]:
         return _rule(
-            "_dot_product_attention_bwd_rule", window, q, k, v, found, out, statistic, gradient
+            "_dot_product_attention_bwd_rule", how.window, q, k, v, found, out, statistic, gradient
         )[:3]
 
     def other(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, Array, Array]:
-        spec = _spec(window, ids)
-        return jax.vjp(lambda q, k, v: otherwise(q, k, v, spec), q, k, v)[1](gradient)
+        spec = _spec(how.window, ids)
+        return jax.vjp(lambda q, k, v: how.otherwise(q, k, v, spec), q, k, v)[1](gradient)
 
-    if promised is not None:
+    if how.promised is not None:
         return *fused(q, k, v, gradient), None
     return *jax.lax.cond(found.complete, fused, other, q, k, v, gradient), None
 
