@@ -3,7 +3,7 @@
 Run     ./launch.sh sweep experiments/prose.py --arg corpus=PATH/prose_train.jsonl.xz
 Cost    one teacher and 6 students, each four epochs of 74 MB of prose, on one GPU
 Decide  whether distilled beats scratch by more than the spread over three seeds
-Result  pending
+Result  it does: distilled 1.2538, scratch 1.2826 bits/byte; 18 minutes on one H100 (README.md)
 """
 
 import dataclasses
