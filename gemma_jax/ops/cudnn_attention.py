@@ -54,13 +54,18 @@ def cudnn_attention(
 
     A token of segment 0 sees those of segment 0, as everywhere.
     """
-    if spec.q_segment_ids is None or spec.most_documents == 1:
+    T, ids = q.shape[1], spec.q_segment_ids
+    if T % 2:  # JAX refuses odd lengths; one token more, of the last document, is seen by none
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        ids = ids if ids is None else jnp.pad(ids, ((0, 0), (0, 1)), mode="edge")
+    if ids is None or spec.most_documents == 1:
         window = None if spec.window is None else (spec.window - 1, 0)
-        return jax.nn.dot_product_attention(
+        out = jax.nn.dot_product_attention(
             q, k, v, scale=1.0, is_causal=True, local_window_size=window, implementation="cudnn"
         )
-    how = _How(otherwise, spec.window, spec.most_documents)
-    return _packed(how, q, k, v, spec.q_segment_ids)
+    else:
+        out = _packed(_How(otherwise, spec.window, spec.most_documents), q, k, v, ids)
+    return out[:, :T]
 
 
 class Documents(NamedTuple):

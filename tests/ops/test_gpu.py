@@ -57,9 +57,12 @@ def check(arrays, ids, window, promised=None):
     exact = run(*arrays, ids, window=window, backend="reference", dtype=jnp.float32)
     settings = {"window": window, "backend": "cudnn", "dtype": jnp.bfloat16}
     got = run(*arrays, ids, **settings, promised=promised)
+    # Of one key alone the gradients of q and k are exactly 0, and rounding is not.
+    least = 0.1 * jnp.linalg.norm(arrays[3].astype(jnp.float32).ravel()) if window == 1 else 0
     for ours, expected in zip(got, exact, strict=True):
         error = jnp.linalg.norm((ours.astype(jnp.float32) - expected).ravel())
-        assert error < 6e-3 * jnp.linalg.norm(expected.ravel())  # operands of 8 bits
+        size = jnp.maximum(jnp.linalg.norm(expected.ravel()), least)
+        assert error < 6e-3 * size  # operands of 8 bits
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -79,11 +82,13 @@ def test_cudnn_with_a_promise(window, documents, promised):
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
-    ("length", "num_kv_heads", "head_dim"), [(777, 2, 64), (512, 4, 128), (64, 1, 256)]
+    ("length", "num_kv_heads", "head_dim", "promised"),
+    [(777, 2, 64, None), (777, 2, 64, 8), (777, 4, 32, 1), (512, 4, 128, None), (64, 1, 256, None)],
 )
-def test_cudnn_of_other_shapes(length, num_kv_heads, head_dim, window):
-    ids = segment_ids(length, 7, padding=5)
-    check(make_inputs(length, num_kv_heads, head_dim), ids, window)
+def test_cudnn_of_other_shapes(length, num_kv_heads, head_dim, promised, window):
+    """Odd lengths among them, which JAX does not hand to cuDNN."""
+    ids = None if promised == 1 else segment_ids(length, 7, padding=5)
+    check(make_inputs(length, num_kv_heads, head_dim), ids, window, promised)
 
 
 @pytest.mark.parametrize("window", [None, 100])
