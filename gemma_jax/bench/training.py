@@ -67,7 +67,7 @@ def train(config: BenchConfig) -> list[Row]:
             lambda: jit_step(job, optimizer, shardings).lower(like, batch)
         )
         state = jax.jit(fresh, out_shardings=shardings)()
-        loop = _Loop(state, jit_step(job, optimizer, shardings), batches, layout, config.batch)
+        loop = _Loop(state, program, batches, layout, config.batch)
         loop.run(config.warmup)
         loop.waited, loop.segments = 0.0, []
         times = repeated(lambda: loop.run(config.steps), config)
