@@ -105,3 +105,16 @@ def test_loss_and_gradients(z_loss, far):
     for ours, exact in ((d_hidden, dz @ table), (d_table, dz.T @ hidden)):
         error = np.linalg.norm(np.asarray(ours, np.float64) - exact) / np.linalg.norm(exact)
         assert error < 5e-3
+
+
+def test_a_target_that_is_the_likeliest_is_seen_to_be():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((256, 640)), jnp.bfloat16)
+    table = jnp.asarray(0.05 * rng.standard_normal((256, 640)), jnp.bfloat16)
+    z = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    first, second = z.argsort(axis=1)[:, -1], z.argsort(axis=1)[:, -2]
+    ids = jnp.asarray(np.where(np.arange(256) % 2, first, second)[:, None], jnp.int32)
+    with plgpu.force_gpu_interpret_mode():
+        _, stats = vocab_loss(hidden, table, ids, jnp.ones((256, 1)), backend="fused")
+    hit = stats.target_logits[:, 0] >= stats.max_logit
+    np.testing.assert_array_equal(hit, ids[:, 0] == first)
