@@ -14,8 +14,8 @@ from gemma_jax.ops.float8 import Scaled, scaled_rows
 
 _FAR = 60.0  # nats
 _NEAR = 1e-4  # nats; sums of the same products in another order differ by less
-_SEEN = 1e-30  # an exponential
 _NEAR_FLOAT8 = 2.0**-8  # nats; twice the rounding of an exponential to bfloat16
+_SEEN = 1e-30  # an exponential
 
 
 class VocabStats(NamedTuple):
