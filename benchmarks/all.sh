@@ -27,6 +27,7 @@ bench() { # bench NAME ARGUMENT...
 }
 
 bench train train --against hf-compile "$@"
+bench float8_logits train --set head_logits_dtype=float8_e4m3fn
 bench packed train --documents 12
 bench distill distill
 bench teacher teacher

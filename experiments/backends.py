@@ -2,15 +2,16 @@
 
 Run     ./launch.sh sweep experiments/backends.py --arg corpus=PATH/prose_train.jsonl.xz \\
             --arg tokenizer=runs/gemma/tokenizer.model
-        A look on a laptop, where both points are the same program: --arg steps=3
+        A look on a laptop, where the first and the third are the same program: --arg steps=3
         --arg batch_tokens=512 --arg seq_len=256
-Cost    two runs of 200 steps of the 270M, 8 x 2 048 tokens each: some minutes on one H100
+Cost    four runs of 200 steps of the 270M, 8 x 2 048 tokens each: some minutes on one H100
 Decide  whether the two loss curves differ by more than rounding to bfloat16 makes them differ
 Result  pending
 
 `fast` is what is chosen for the hardware; `plain` has attention and the head by way of XLA alone;
 `plain_unrolled` the same with its layers written out, which computes the same numbers in another
-order: so far apart are curves that differ by rounding.
+order: so far apart are curves that differ by rounding. `float8` is `fast` with the head's logits
+from operands of eight bits.
 """
 
 import statistics
@@ -46,6 +47,7 @@ SWEEP = points(
     plain=PLAIN | {"model.unroll": False},
     plain_unrolled=PLAIN | {"model.unroll": True},
     fast={},
+    float8={"model.head_logits_dtype": "float8_e4m3fn"},
 )
 
 

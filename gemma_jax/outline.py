@@ -59,6 +59,7 @@ def build_objective(experiment: Experiment, most_documents: int | None) -> Objec
         Transformer(config, most_documents),
         softcap=config.final_softcap,
         backend=config.head_backend,
+        logits_dtype=config.head_logits_dtype,
     )
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,15 @@ from gemma_jax.experiment_file import load_file
 from gemma_jax.files import locked
 from gemma_jax.model.config import tiny
 from gemma_jax.model.transformer import Transformer
+from gemma_jax.outline import build_objective
 from gemma_jax.settings import override, to_json
 from gemma_jax.sharding import MeshConfig, make_layout
 from gemma_jax.sweep import Sweep
 from gemma_jax.training.loop import LoopConfig
+from gemma_jax.training.objective import Xent
 from gemma_jax.training.step import init_state, make_step, state_shardings
 from gemma_jax.training.weights import weights_hash
+from gemma_jax.tuning.sft import Sft
 
 VOCAB = 400
 # Others beside them are what they share.
@@ -323,6 +327,20 @@ def test_an_experiment_file_may_import_its_neighbours(tmp_path, base):
     (tmp_path / "it.py").write_text("import broken_neighbour")
     with pytest.raises(UserError, match=r"broken_neighbour\.py line 2: NameError"):
         load_file(tmp_path / "it.py")
+
+
+@pytest.mark.parametrize("dtype", ["compute", "float8_e4m3fn"])
+@pytest.mark.parametrize("objective", [Xent(), Distill(shards="shards"), Sft()])
+def test_the_logits_dtype_reaches_every_objective(objective, dtype):
+    model = dataclasses.replace(tiny(), head_logits_dtype=dtype)
+    build = build_objective(SimpleNamespace(model=model, objective=objective), None)
+    ids, numbers = (jnp.zeros((2, 8), kind) for kind in (jnp.int32, jnp.float32))
+    batch = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), ids)
+    batch |= dict.fromkeys(("loss_mask", "teacher_label_logprob", "teacher_entropy"), numbers)
+    batch |= {"target_ids": ids[..., None], "target_weights": numbers[..., None]}
+    params = Transformer(model).shapes()
+    program = str(jax.make_jaxpr(build)(params, batch, jax.random.key(0)))
+    assert ("f8_e4m3fn" in program) == (dtype != "compute")
 
 
 def points_of(path):

@@ -194,7 +194,10 @@ def _job(
         init_params=lambda: model.init(jax.random.key(config.seed)),
         axes=model.axes(),
         objective=objective.build(
-            model, softcap=config.model.final_softcap, backend=config.model.head_backend
+            model,
+            softcap=config.model.final_softcap,
+            backend=config.model.head_backend,
+            logits_dtype=config.model.head_logits_dtype,
         ),
         optimizer=AdamW(),
         batches=batches,

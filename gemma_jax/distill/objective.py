@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gemma_jax.distill.teacher import TeacherJob
 from gemma_jax.errors import require_fractions, require_positive
-from gemma_jax.ops.vocab_loss import HeadBackend, vocab_loss
+from gemma_jax.ops.vocab_loss import HeadBackend, LogitsDtype, vocab_loss
 from gemma_jax.settings import check_types
 
 
@@ -31,7 +31,12 @@ class Distill:
         require_positive(self, "z_loss", allow_zero=True)
 
     def build(
-        self, model: Any, *, softcap: float | None = None, backend: HeadBackend = "auto"
+        self,
+        model: Any,
+        *,
+        softcap: float | None = None,
+        backend: HeadBackend = "auto",
+        logits_dtype: LogitsDtype = "compute",
     ) -> Callable:
         """The objective; besides the loss it reports
 
@@ -58,6 +63,7 @@ class Distill:
                 z_loss=self.z_loss,
                 softcap=softcap,
                 backend=backend,
+                logits_dtype=logits_dtype,
             )
             label_logit, target_logits = stats.target_logits[..., 0], stats.target_logits[..., 1:]
             soft_ce = soft.sum(-1) * stats.lse - (soft * target_logits).sum(-1)

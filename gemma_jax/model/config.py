@@ -10,7 +10,7 @@ from typing import Literal
 
 from gemma_jax.errors import UserError, require_positive
 from gemma_jax.ops.attention import Backend
-from gemma_jax.ops.vocab_loss import HeadBackend
+from gemma_jax.ops.vocab_loss import HeadBackend, LogitsDtype
 
 LOCAL, GLOBAL = "L", "G"
 
@@ -49,6 +49,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"  # what backward computes anew: see transformer
     attn_backend: Backend = "auto"
     head_backend: HeadBackend = "auto"
+    head_logits_dtype: LogitsDtype = "compute"  # of the matmul that makes a training loss's logits
     unroll: bool | None = None  # no scan over periods; None: see transformer
 
     def __post_init__(self) -> None:

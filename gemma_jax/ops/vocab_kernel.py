@@ -22,21 +22,23 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, BFloat16, Float, Float32
+
+from gemma_jax.ops.float8 import E4M3
 
 _LOG2_E = math.log2(math.e)
-_SWIZZLE = 128  # bytes; 64 bfloat16
+_SWIZZLE = 128  # bytes
 _PIECE = 64  # rows and columns of an output tile that leave at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """`rows` x `columns` logits a warpgroup, `depth` of D a step; `side_by_side` warpgroups share
-    rows, otherwise columns; blocks walk the grid in bands of `band` tiles."""
+    """`rows` x `columns` logits a warpgroup, `depth` bytes of D a step; `side_by_side` warpgroups
+    share rows, otherwise columns; blocks walk the grid in bands of `band` tiles."""
 
     rows: int = 128
     columns: int = 128
-    depth: int = 64
+    depth: int = 128
     steps: int = 4
     band: int = 8
     side_by_side: bool = True
@@ -46,30 +48,36 @@ class Tiles:
     def block(self) -> tuple[int, int]:
         return (self.rows, 2 * self.columns) if self.side_by_side else (2 * self.rows, self.columns)
 
+    def depth_of(self, dtype: Any) -> int:
+        """Of D a step."""
+        return self.depth // jnp.dtype(dtype).itemsize
+
 
 def fits(num_rows: int, shape: tuple[int, ...], dtype: Any, tiles: Tiles | None = None) -> bool:
     """Whether the kernel can do `num_rows` rows of hidden states and a table of this shape."""
     rows, columns = (tiles or Tiles()).block
     return (
-        dtype == jnp.bfloat16
+        dtype in (jnp.bfloat16, E4M3)
         and num_rows % rows == 0
         and shape[0] % columns == 0
-        and shape[1] % (tiles or Tiles()).depth == 0
+        and shape[1] % (tiles or Tiles()).depth_of(dtype) == 0
     )
 
 
 def exp_logits(
-    hidden: BFloat16[Array, "n D"],
-    table: BFloat16[Array, "V D"],
+    hidden: Float[Array, "n D"],
+    table: Float[Array, "V D"],
+    scale: Float32[Array, " n"] | None,
     shift: Float32[Array, " n"],
     *,
     tiles: Tiles | None = None,
     num_blocks: int | None = None,
 ) -> tuple[BFloat16[Array, "n V"], Float32[Array, " n"], Float32[Array, " n"]]:
-    """(exp(z - shift), its sum over V, max of z) of the logits z = hidden @ table.T.
+    """(exp(z - shift), its sum over V, max of z) of the logits z = scale * (hidden @ table.T).
 
-    Logits, sum and maximum are float32; only what is written is rounded. `num_blocks` is the number
-    of multiprocessors.
+    Both operands are bfloat16 or both float8_e4m3fn; a `scale` that is None is 1. Logits, sum and
+    maximum are float32; only what is written is rounded. `num_blocks` is the number of
+    multiprocessors.
     """
     tiles = tiles or Tiles()
     (n, _), V = hidden.shape, table.shape[0]
@@ -93,19 +101,21 @@ def exp_logits(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    p, sums, tops = run(hidden, table, shift)
+    vectors = (shift,) if scale is None else (shift, scale)
+    p, sums, tops = run(hidden, table, *vectors)
     return p, sums.sum(axis=0), tops.max(axis=0)
 
 
-def _kernel(
-    tiles: Tiles, hidden: Any, table: Any, shift: Any, out: Any, sums: Any, tops: Any
-) -> None:
-    rows, columns, depth = tiles.rows, tiles.columns, tiles.depth
+def _kernel(tiles: Tiles, hidden: Any, table: Any, *others: Any) -> None:
+    *vectors, out, sums, tops = others  # of the rows: shift, and scale where there is one
+    rows, columns, depth = tiles.rows, tiles.columns, tiles.depth_of(hidden.dtype)
     block_rows, block_columns = tiles.block
     counts = hidden.shape[0] // block_rows, table.shape[0] // block_columns
     tiling: Any = plgpu.TilingTransform  # type checkers take both for abstract
     swizzle: Any = plgpu.SwizzleTransform
-    layout = (tiling((8, _SWIZZLE // 2)), swizzle(_SWIZZLE))
+
+    def layout(dtype: Any) -> tuple[Any, Any]:
+        return tiling((8, _SWIZZLE // jnp.dtype(dtype).itemsize)), swizzle(_SWIZZLE)
 
     def pipeline(body: Any, context: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
@@ -114,7 +124,10 @@ def _kernel(
             memory_registers=40,
             in_specs=[
                 plgpu.BlockSpec(
-                    (size, depth), lambda k: (0, k), transforms=layout, memory_space=plgpu.SMEM
+                    (size, depth),
+                    lambda k: (0, k),
+                    transforms=layout(hidden.dtype),
+                    memory_space=plgpu.SMEM,
                 )
                 for size in (block_rows, block_columns)
             ],
@@ -130,13 +143,15 @@ def _kernel(
     @functools.partial(
         pl.run_scoped,
         buffers=pipeline(nothing, nothing).get_allocations(hidden, table),
-        staged=plgpu.SMEM((2, tiles.slots, _PIECE, _PIECE), jnp.bfloat16, transforms=layout),
-        own_shift=plgpu.SMEM((2, rows), jnp.float32),
+        staged=plgpu.SMEM(
+            (2, tiles.slots, _PIECE, _PIECE), jnp.bfloat16, transforms=layout(jnp.bfloat16)
+        ),
+        own=plgpu.SMEM((2, len(vectors), rows), jnp.float32),
         statistics=plgpu.SMEM((2, 2, rows), jnp.float32),
-        arrived=plgpu.Barrier(num_barriers=2),
+        arrived=plgpu.Barrier(num_barriers=2, num_arrivals=len(vectors)),
         collective_axes="warpgroup",
     )
-    def _block(buffers: Any, staged: Any, own_shift: Any, statistics: Any, arrived: Any) -> None:
+    def _block(buffers: Any, staged: Any, own: Any, statistics: Any, arrived: Any) -> None:
         group = lax.axis_index("warpgroup")
 
         @plgpu.nd_loop((counts[0] * counts[1],), collective_axes="block")
@@ -153,9 +168,10 @@ def _kernel(
                 first_row, first_column = row + group * rows, column
 
             def compute(multiply: Any) -> None:
-                plgpu.copy_gmem_to_smem(
-                    shift.at[pl.ds(first_row, rows)], own_shift.at[group], arrived.at[group]
-                )
+                for i, vector in enumerate(vectors):
+                    plgpu.copy_gmem_to_smem(
+                        vector.at[pl.ds(first_row, rows)], own.at[group, i], arrived.at[group]
+                    )
 
                 @functools.partial(
                     pl.run_scoped, accumulator=plgpu.ACC((rows, columns), jnp.float32)
@@ -164,8 +180,12 @@ def _kernel(
                     multiply(accumulator)
                     plgpu.barrier_wait(arrived.at[group])
                     z = accumulator[...]
-                    moved = lax.broadcast_in_dim(own_shift[group], z.shape, [0])
-                    p = jnp.exp2((z - moved) * _LOG2_E)
+                    shift, *scale = (
+                        lax.broadcast_in_dim(own[group, i], z.shape, [0])
+                        for i in range(len(vectors))
+                    )
+                    z = z * scale[0] if scale else z
+                    p = jnp.exp2((z - shift) * _LOG2_E)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     statistics[group, 0] = p.sum(axis=1)
                     statistics[group, 1] = z.max(axis=1)

@@ -26,12 +26,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.errors import UserError
-from gemma_jax.ops import vocab_softmax
+from gemma_jax.ops.float8 import E4M3, Scaled, scaled_whole
 from gemma_jax.ops.hardware import on_hopper
 from gemma_jax.ops.table import own_ids, table_parts
-from gemma_jax.ops.vocab_softmax import VocabStats
+from gemma_jax.ops.vocab_softmax import Factors, VocabStats, by_kernel, by_logits, float8_factors
 
 HeadBackend = Literal["auto", "xla", "fused"]
+LogitsDtype = Literal["compute", "float8_e4m3fn"]
 
 _CHUNK_LOGITS = 2**28  # 1 GiB of float32
 _FUSED_LOGITS = 2**30  # 2 GiB of bfloat16
@@ -44,6 +45,7 @@ class _Settings(NamedTuple):
     softcap: float | None
     chunk_tokens: int | None
     backend: HeadBackend
+    logits_dtype: LogitsDtype
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
@@ -61,6 +63,7 @@ def vocab_loss(
     softcap: float | None = None,
     chunk_tokens: int | None = None,
     backend: HeadBackend = "auto",
+    logits_dtype: LogitsDtype = "compute",
 ) -> tuple[Float[Array, ""], VocabStats]:
     """The summed loss in nats (see the module's docstring), and per-token statistics.
 
@@ -74,11 +77,18 @@ def vocab_loss(
     takes the kernel on Hopper GPUs where it can do the work. Raises UserError where a kernel that
     was asked for cannot.
 
+    With `logits_dtype` "float8_e4m3fn" the matmul of the logits alone takes operands rounded to
+    that (`float8.py`): a scale a token, one for the table. Loss and statistics are those of the
+    rounded operands. The gradients' matmuls stay in `hidden.dtype`, since eight bits would lose the
+    small ones of their exponentials, and multiply these with the operands as they were given: the
+    gradient takes rounding for the identity (straight-through, Bengio et al., arXiv 1308.3432).
+    Meant for GPUs that multiply such numbers (Ada, Hopper and later); others compute the same.
+
     With a layout active (`gemma_jax.sharding`), the leading dimension is split over the batch
     axes, each device works on its own tokens, and on its own part of the vocabulary where the rules
     split that; chunks are of a device. The gradient of `embedding` lies where `embedding` does.
     """
-    settings = _Settings(float(z_loss), softcap, chunk_tokens, backend)
+    settings = _Settings(float(z_loss), softcap, chunk_tokens, backend, logits_dtype)
     weights = jax.lax.stop_gradient(target_weights).astype(jnp.float32)
     with jax.named_scope("head"):
         return _vocab_loss(settings, hidden, embedding, target_ids, weights)
@@ -177,7 +187,8 @@ def _scan(
         x = jnp.pad(x.reshape(n, x.shape[-1]), ((0, count * chunk - n), (0, 0)))
         return x.reshape(count, chunk, x.shape[-1])
 
-    one = functools.partial(_chunk, settings, with_gradient, fused, axis, table)
+    table8 = scaled_whole(table, axis) if settings.logits_dtype != "compute" else None
+    one = functools.partial(_chunk, settings, with_gradient, fused, axis, table, table8)
 
     def step(carry: tuple[Array, Array | None], x: tuple[Array, Array, Array]) -> tuple:
         loss, stats, gradients = one(*x)
@@ -212,7 +223,8 @@ def _chunk_size(settings: _Settings, n: int, table: Array) -> tuple[int, bool]:
         if asked:
             raise UserError(
                 f"head_backend='fused' has no kernel for a {table.dtype} table {table.shape} with "
-                f"softcap={settings.softcap}; choose 'auto'."
+                f"softcap={settings.softcap} and logits_dtype='{settings.logits_dtype}'; choose "
+                "'auto'."
             )
         fused = False
     most = max(1, _FUSED_LOGITS // V) if fused else default_chunk_tokens(V)
@@ -223,7 +235,10 @@ def _chunk_size(settings: _Settings, n: int, table: Array) -> tuple[int, bool]:
 def _fits(settings: _Settings, table: Array) -> bool:
     from gemma_jax.ops import vocab_kernel  # its imports take a second that others need not spend
 
-    return settings.softcap is None and vocab_kernel.fits(_ROWS, table.shape, table.dtype)
+    if settings.softcap is not None or table.dtype != jnp.bfloat16:
+        return False
+    dtype = table.dtype if settings.logits_dtype == "compute" else E4M3
+    return vocab_kernel.fits(_ROWS, table.shape, dtype)
 
 
 def _chunk(
@@ -232,15 +247,17 @@ def _chunk(
     fused: bool,
     axis: str | None,
     table: Array,
+    table8: Scaled | None,
     hidden: Array,
     ids: Array,
     w: Array,
 ) -> _Result:
     places, here = own_ids(ids, table.shape[0], axis)
+    factors = float8_factors(hidden, table8) if table8 else Factors(hidden, table, None)
     if fused:
-        s = vocab_softmax.by_kernel(axis, table, hidden, places, here)
+        s = by_kernel(axis, factors, places, here)
     else:
-        s = vocab_softmax.by_logits(settings.softcap, axis, table, hidden, places, here)
+        s = by_logits(settings.softcap, axis, factors, hidden.dtype, places, here)
     lse, stats = s.stats.lse, s.stats
     total = w.sum(axis=-1)
     loss = (total * lse * (1 + settings.z_loss * lse)).sum() - (w * stats.target_logits).sum()

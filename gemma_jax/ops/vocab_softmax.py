@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gemma_jax.ops.float8 import Scaled, scaled_rows
+
 _FAR = 60.0  # nats
+_NEAR = 1e-4  # nats; sums of the same products in another order differ by less
+_NEAR_FLOAT8 = 2.0**-8  # nats; twice the rounding of an exponential to bfloat16
+_SEEN = 1e-30  # an exponential
 
 
 class VocabStats(NamedTuple):
@@ -35,16 +40,35 @@ class Softmax(NamedTuple):
     stats: VocabStats
 
 
+class Factors(NamedTuple):
+    """What the logits are the product of: z = scale[:, None] * (hidden @ table.T); a `scale` that
+    is None is 1."""
+
+    hidden: Float[Array, "n D"]
+    table: Float[Array, "V D"]
+    scale: Float[Array, " n"] | None
+
+
+def float8_factors(hidden: Float[Array, "n D"], table: Scaled) -> Factors:
+    """A scale a token; the table's single one goes into them, so that there is one vector to
+    multiply by."""
+    rows = scaled_rows(hidden)
+    return Factors(rows.values, table.values, rows.scale * table.scale)
+
+
 def by_logits(
     softcap: float | None,
     axis: str | None,
-    table: Array,
-    hidden: Array,
+    factors: Factors,
+    dtype: jnp.dtype,
     places: Array,
     here: Array,
 ) -> Softmax:
-    """By way of the logits."""
+    """By way of the logits; `dtype` is that of the exponentials."""
+    hidden, table, scale = factors
     z = jnp.einsum("nD,VD->nV", hidden, table, preferred_element_type=jnp.float32)
+    if scale is not None:
+        z = z * scale[:, None]
     if softcap is not None:
         z = softcap * jnp.tanh(z / softcap)
     top = z.max(axis=-1)
@@ -60,10 +84,10 @@ def by_logits(
     if softcap is not None:
         p = p * (1 - jnp.square(z / softcap))
     stats = VocabStats(top + jnp.log(total), top, targets)
-    return Softmax(p.astype(hidden.dtype), total, top, stats)
+    return Softmax(p.astype(dtype), total, top, stats)
 
 
-def by_kernel(axis: str | None, table: Array, hidden: Array, places: Array, here: Array) -> Softmax:
+def by_kernel(axis: str | None, factors: Factors, places: Array, here: Array) -> Softmax:
     """By a kernel that never writes the logits, and must be told a shift before it has seen them.
 
     The target's logit is a good one: a token's loss would have to be over `_FAR` nats for the
@@ -71,21 +95,55 @@ def by_kernel(axis: str | None, table: Array, hidden: Array, places: Array, here
     """
     from gemma_jax.ops.vocab_kernel import exp_logits
 
-    rows = table.at[places].get(mode="clip")
-    targets = jnp.einsum("nMD,nD->nM", rows, hidden, preferred_element_type=jnp.float32)
+    targets = _target_logits(factors, places)
     if axis is not None:
         targets = jax.lax.psum(jnp.where(here, targets, 0), axis)
     shift = targets.max(axis=-1)
-    p, total, top = exp_logits(hidden, table, shift)
+    p, total, top = exp_logits(*factors, shift)
     if axis is not None:
         top = jax.lax.pmax(top, axis)
 
     def again(_: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        return *exp_logits(hidden, table, top)[:2], top
+        return *exp_logits(*factors, top)[:2], top
 
     p, total, shift = jax.lax.while_loop(
         lambda state: (top - state[2] > _FAR).any(), again, (p, total, shift)
     )
     if axis is not None:
         total = jax.lax.psum(total, axis)
+    near = _NEAR
+    if factors.scale is not None:
+        near, targets = _NEAR_FLOAT8, _read_back(axis, p, shift, targets, places, here)
+    # The maximum is the kernel's own sum, the target's logit another: where they are the same one.
+    best = targets.max(axis=-1)
+    top = jnp.where(top - best < near, best, top)
     return Softmax(p, total, shift, VocabStats(shift + jnp.log(total), top, targets))
+
+
+def _target_logits(factors: Factors, places: Array) -> Float[Array, "n M"]:
+    hidden, table, scale = factors
+    rows = table.at[places].get(mode="clip")
+    if scale is None:
+        return jnp.einsum("nMD,nD->nM", rows, hidden, preferred_element_type=jnp.float32)
+    # bfloat16 holds all that e4m3 can say, and is what any hardware multiplies row by row.
+    rows, hidden = rows.astype(jnp.bfloat16), hidden.astype(jnp.bfloat16)
+    z = jnp.einsum("nMD,nD->nM", rows, hidden, preferred_element_type=jnp.float32)
+    return z * scale[:, None]
+
+
+def _read_back(
+    axis: str | None, p: Array, shift: Array, targets: Array, places: Array, here: Array
+) -> Float[Array, "n M"]:
+    """Target logits from their exponentials.
+
+    Hopper's tensor cores sum products of eight-bit numbers to some 14 bits (DeepSeek-V3, arXiv
+    2412.19437, section 3.3.2). What this does to all logits of a token alike has no effect on its
+    loss as long as the target's logit has it too, so that comes from the same sum. `targets` stay
+    where an exponential is too small.
+    """
+    own = p.at[jnp.arange(p.shape[0])[:, None], places].get(mode="clip").astype(jnp.float32)
+    own = jnp.where(here, own, 0)
+    if axis is not None:
+        own = jax.lax.psum(own, axis)
+    seen = own > _SEEN
+    return jnp.where(seen, shift[:, None] + jnp.log(jnp.where(seen, own, 1)), targets)

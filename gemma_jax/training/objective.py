@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.errors import require_positive
-from gemma_jax.ops.vocab_loss import HeadBackend, vocab_loss
+from gemma_jax.ops.vocab_loss import HeadBackend, LogitsDtype, vocab_loss
 from gemma_jax.settings import check_types
 
 type Batch = Mapping[str, jax.Array]
@@ -47,8 +47,9 @@ class Xent:
         *,
         softcap: float | None = None,
         backend: HeadBackend = "auto",
+        logits_dtype: LogitsDtype = "compute",
     ) -> Objective:
-        """`softcap` is the model's final softcap, `backend` that of its head."""
+        """`softcap` is the model's final softcap, the others are about its head (`vocab_loss`)."""
 
         def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
             mask = batch["loss_mask"]
@@ -61,6 +62,7 @@ class Xent:
                 z_loss=self.z_loss,
                 softcap=softcap,
                 backend=backend,
+                logits_dtype=logits_dtype,
             )
             label_logit = stats.target_logits[..., 0]
             count = mask.sum()

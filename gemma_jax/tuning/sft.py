@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gemma_jax.errors import require_positive
-from gemma_jax.ops.vocab_loss import HeadBackend
+from gemma_jax.ops.vocab_loss import HeadBackend, LogitsDtype
 from gemma_jax.settings import check_types
 from gemma_jax.training.objective import LanguageModel, Objective, Xent
 
@@ -40,6 +40,9 @@ class Sft:
         *,
         softcap: float | None = None,
         backend: HeadBackend = "auto",
+        logits_dtype: LogitsDtype = "compute",
     ) -> Objective:
         """As that of `Xent`."""
-        return Xent(z_loss=self.z_loss).build(model, softcap=softcap, backend=backend)
+        return Xent(z_loss=self.z_loss).build(
+            model, softcap=softcap, backend=backend, logits_dtype=logits_dtype
+        )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float8_numpy import rounded
 
 from gemma_jax.distill import mass_tree
 from gemma_jax.distill.sampling import sample_targets, token_keys
@@ -16,6 +17,7 @@ from gemma_jax.ops.attention import attention
 from gemma_jax.ops.hardware import on_hopper
 from gemma_jax.ops.masks import MaskSpec
 from gemma_jax.ops.vocab_loss import vocab_loss
+from gemma_jax.ops.vocab_softmax import VocabStats
 
 pytestmark = pytest.mark.gpu
 
@@ -161,4 +163,55 @@ def test_fused_head(targets, scale):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
     for a, b in zip(gradients, exact_gradients, strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert np.linalg.norm(a - b) < 8e-3 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("targets", [1, 16])
+@pytest.mark.parametrize("backend", ["xla", "fused"])
+def test_float8_logits(backend, targets):
+    """Operands lie within 3 % of small whole numbers, to which e4m3 rounds them. Of those a tensor
+    core's sum is exact, however few bits it has: the loss must be that of the whole numbers, and
+    is another without rounding."""
+    if not on_hopper():
+        pytest.skip("XLA multiplies eight-bit numbers and the kernel is there on Hopper GPUs")
+    rng = np.random.default_rng(0)
+    n, V, D = 700, 4096, 640
+
+    def numbers(rows, size):  # of all signs, 2^-6 times them in the table
+        whole = rng.integers(-3, 4, (rows, D))
+        return jnp.asarray(size * whole * rng.uniform(0.98, 1.03, (rows, D)), jnp.bfloat16)
+
+    hidden, table = numbers(n, 1.0), numbers(V, 2.0**-6)
+    near = [np.asarray(x, np.float64) for x in (hidden, table)]
+    factors = rounded(near[0], -1), rounded(near[1], None)
+    np.testing.assert_array_equal(factors[0], np.round(near[0]))
+    np.testing.assert_array_equal(factors[1], np.round(64 * near[1]) / 64)
+    ids = jnp.asarray(rng.integers(0, V, (n, targets)), jnp.int32)
+    weights = jnp.asarray(rng.random((n, targets)), jnp.float32)
+
+    def logits_loss(z):
+        lse, total = jax.nn.logsumexp(z, axis=-1), weights.sum(axis=-1)
+        picked = jnp.take_along_axis(z, ids, axis=-1)
+        loss = (total * lse - (weights * picked).sum(axis=-1)).sum()
+        return loss, VocabStats(lse, z.max(axis=-1), picked)
+
+    z = jnp.asarray(factors[0] @ factors[1].T, jnp.float32)  # exact
+    (exact, stats), dz = jax.value_and_grad(logits_loss, has_aux=True)(z)
+    dz = np.asarray(dz, np.float64)
+
+    def loss(hidden, table):
+        return vocab_loss(
+            hidden, table, ids, weights, backend=backend, logits_dtype="float8_e4m3fn"
+        )
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (ours, own_stats), gradients = run(hidden, table)
+    # The kernel's target logits are read back from exponentials of bfloat16.
+    np.testing.assert_allclose(ours, exact, rtol=1e-5 if backend == "xla" else 1e-4)
+    np.testing.assert_allclose(own_stats.lse, stats.lse, rtol=1e-5)
+    np.testing.assert_allclose(own_stats.max_logit, stats.max_logit, atol=1e-5)
+    atol = 1e-5 if backend == "xla" else 2**-8
+    np.testing.assert_allclose(own_stats.target_logits, stats.target_logits, atol=atol)
+    for a, b in zip(gradients, (dz @ near[1], dz.T @ near[0]), strict=True):
+        a = np.asarray(a, np.float64)
         assert np.linalg.norm(a - b) < 8e-3 * np.linalg.norm(b)

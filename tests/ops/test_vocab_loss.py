@@ -1,11 +1,13 @@
 """The chunked head against the dense loss in float64: loss, statistics and both gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float8_numpy import rounded
 from programs import collectives, shapes
 
 from gemma_jax.ops.vocab_loss import dense_vocab_loss, vocab_loss
@@ -26,9 +28,11 @@ def inputs(seed=0, scale=1.0):
     return hidden, embedding, ids, weights
 
 
-def float64_oracle(hidden, embedding, ids, weights, z_loss, softcap):
-    """Loss and gradients by hand in NumPy, in float64."""
-    raw = hidden @ embedding.T
+def float64_oracle(hidden, embedding, ids, weights, z_loss, softcap, factors=None):
+    """Loss and gradients by hand in NumPy, in float64; the logits are the product of `factors`, the
+    gradients' matmuls take what was given."""
+    factors = factors or (hidden, embedding)
+    raw = factors[0] @ factors[1].T
     z = raw if softcap is None else softcap * np.tanh(raw / softcap)
     top = z.max(-1)
     lse = top + np.log(np.exp(z - top[:, None]).sum(-1))
@@ -96,6 +100,83 @@ def test_bfloat16_is_close_and_keeps_its_types():
     for got, expected in ((d_hidden, d_hidden64), (d_embedding, d_embedding64)):
         error = np.linalg.norm(np.asarray(got, np.float64) - expected)
         assert error < 0.015 * np.linalg.norm(expected)
+
+
+FLOAT8 = "float8_e4m3fn"
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [7, 22])
+def test_float8_logits_against_float64_on_rounded_operands(chunk, z_loss, softcap):
+    hidden, embedding, ids, weights = inputs()
+    hidden *= np.exp2(np.arange(N) % 5 - 3)[:, None]  # tokens of several scales
+    embedding *= np.exp2(-(np.arange(V) % 16))[:, None]  # rows that share one
+    hidden, embedding = (np.float64(np.float32(x)) for x in (hidden, embedding))
+    factors = rounded(hidden, -1), rounded(embedding, None)
+    loss64, d_hidden64, d_embedding64, lse, picked, top = float64_oracle(
+        hidden, embedding, ids, weights, z_loss, softcap, factors
+    )
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(hidden, embedding):
+        return vocab_loss(
+            hidden,
+            embedding,
+            jnp.asarray(ids),
+            jnp.float32(weights),
+            z_loss=z_loss,
+            softcap=softcap,
+            chunk_tokens=chunk,
+            logits_dtype=FLOAT8,
+        )
+
+    (loss, stats), (d_hidden, d_embedding) = run(jnp.float32(hidden), jnp.float32(embedding))
+    np.testing.assert_allclose(loss, loss64, rtol=2e-6)
+    np.testing.assert_allclose(stats.lse, lse, rtol=2e-6)
+    np.testing.assert_allclose(stats.target_logits, picked, rtol=2e-6, atol=1e-5)
+    np.testing.assert_allclose(stats.max_logit, top, rtol=2e-6)
+    np.testing.assert_allclose(d_hidden, d_hidden64, rtol=3e-6, atol=1e-5)
+    np.testing.assert_allclose(d_embedding, d_embedding64, rtol=3e-6, atol=2e-5)
+
+
+def test_the_logits_matmul_alone_is_float8():
+    hidden, embedding, ids, weights = inputs()
+
+    def run(hidden, embedding):
+        return vocab_loss(
+            hidden, embedding, jnp.asarray(ids), jnp.float32(weights), logits_dtype=FLOAT8
+        )[0]
+
+    arguments = jnp.bfloat16(hidden), jnp.float32(embedding)
+    program = jax.jit(jax.value_and_grad(run, (0, 1))).lower(*arguments).as_text()
+    operands = re.findall(r"dot_general .*: \(tensor<\w+x(\w+)>, tensor<\w+x(\w+)>\)", program)
+    assert sorted(operands) == [("bf16", "bf16"), ("bf16", "bf16"), ("f8E4M3FN", "f8E4M3FN")]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 2, "tensor": 4}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4, "fsdp": 2}],
+    ids=lambda mesh: ",".join(map(str, mesh.values())),
+)
+def test_float8_on_a_mesh_equals_one_device(mesh):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((8, 6, D)), jnp.float32)
+    # Parts of the table whose largest numbers differ, and numbers that only the whole one's scale
+    # takes out of what e4m3 holds with full precision.
+    sizes = np.exp2(np.linspace(-15, 1, V))[rng.permutation(V)]
+    embedding = jnp.asarray(sizes[:, None] * rng.standard_normal((V, D)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, V, (8, 6, M)), jnp.int32)
+    weights = jnp.asarray(rng.random((8, 6, M)), jnp.float32)
+
+    def run(hidden, embedding):
+        return vocab_loss(hidden, embedding, ids, weights, chunk_tokens=4, logits_dtype=FLOAT8)
+
+    both = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+    expected = both(hidden, embedding)
+    with make_layout(MeshConfig(**mesh)).active():
+        got = both(hidden, embedding)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
 def test_gradient_scales_with_the_cotangent():
