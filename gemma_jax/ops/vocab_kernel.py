@@ -22,7 +22,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Float32
+from jaxtyping import Array, BFloat16, Bool, Float, Float32
 
 from gemma_jax.ops.float8 import E4M3
 
@@ -70,6 +70,7 @@ def exp_logits(
     scale: Float32[Array, " n"] | None,
     shift: Float32[Array, " n"],
     *,
+    instead: tuple[Bool[Array, ""], BFloat16[Array, "n V"]] | None = None,
     tiles: Tiles | None = None,
     num_blocks: int | None = None,
 ) -> tuple[BFloat16[Array, "n V"], Float32[Array, " n"], Float32[Array, " n"]]:
@@ -78,6 +79,10 @@ def exp_logits(
     Both operands are bfloat16 or both float8_e4m3fn; a `scale` that is None is 1. Logits, sum and
     maximum are float32; only what is written is rounded. `num_blocks` is the number of
     multiprocessors.
+
+    With `instead` = (wanted, p), p takes the place of the exponentials and is given back as it is
+    where they are not wanted; sum and maximum are then nothing. The host, which would have to wait
+    to learn of a condition, is not asked: the kernel ends at once.
     """
     tiles = tiles or Tiles()
     (n, _), V = hidden.shape, table.shape[0]
@@ -86,13 +91,11 @@ def exp_logits(
     if num_blocks is None:
         num_blocks = getattr(jax.devices()[0], "core_count", 1)
     parts = V // tiles.columns
+    statistics = jax.ShapeDtypeStruct((V // tiles.columns, n), jnp.float32)
+    fresh = () if instead else (jax.ShapeDtypeStruct((n, V), jnp.bfloat16),)
     run = plgpu.kernel(
-        functools.partial(_kernel, tiles),
-        out_type=(
-            jax.ShapeDtypeStruct((n, V), jnp.bfloat16),
-            jax.ShapeDtypeStruct((parts, n), jnp.float32),
-            jax.ShapeDtypeStruct((parts, n), jnp.float32),
-        ),
+        functools.partial(_kernel, tiles, instead is not None),
+        out_type=(*fresh, statistics, statistics),
         grid=(num_blocks,),
         grid_names=("block",),
         num_threads=3,
@@ -102,12 +105,19 @@ def exp_logits(
         ),
     )
     vectors = (shift,) if scale is None else (shift, scale)
-    p, sums, tops = run(hidden, table, *vectors)
+    if instead is None:
+        p, sums, tops = run(hidden, table, *vectors)
+    else:
+        wanted, p = instead
+        there = jax.new_ref(p)
+        sums, tops = run(hidden, table, *vectors, wanted.astype(jnp.int32)[None], there)
+        p = there[...]
     return p, sums.sum(axis=0), tops.max(axis=0)
 
 
-def _kernel(tiles: Tiles, hidden: Any, table: Any, *others: Any) -> None:
+def _kernel(tiles: Tiles, in_place: bool, hidden: Any, table: Any, *others: Any) -> None:
     *vectors, out, sums, tops = others  # of the rows: shift, and scale where there is one
+    wanted = vectors.pop() if in_place else None
     rows, columns, depth = tiles.rows, tiles.columns, tiles.depth_of(hidden.dtype)
     block_rows, block_columns = tiles.block
     counts = hidden.shape[0] // block_rows, table.shape[0] // block_columns
@@ -154,7 +164,6 @@ def _kernel(tiles: Tiles, hidden: Any, table: Any, *others: Any) -> None:
     def _block(buffers: Any, staged: Any, own: Any, statistics: Any, arrived: Any) -> None:
         group = lax.axis_index("warpgroup")
 
-        @plgpu.nd_loop((counts[0] * counts[1],), collective_axes="block")
         def _tile(loop: Any) -> None:
             i, j = plgpu.planar_snake(loop.index[0], counts, 0, tiles.band)
             row, column = i * block_rows, j * block_columns
@@ -223,5 +232,13 @@ def _kernel(tiles: Tiles, hidden: Any, table: Any, *others: Any) -> None:
                 table.at[pl.ds(column, block_columns), :],
                 allocations=buffers,
             )
+
+        def _tiles() -> None:
+            plgpu.nd_loop((counts[0] * counts[1],), collective_axes="block")(_tile)
+
+        if wanted is None:
+            _tiles()
+        else:
+            pl.when(wanted[0] != 0)(_tiles)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=False)

@@ -91,7 +91,8 @@ def by_kernel(axis: str | None, factors: Factors, places: Array, here: Array) ->
     """By a kernel that never writes the logits, and must be told a shift before it has seen them.
 
     The target's logit is a good one: a token's loss would have to be over `_FAR` nats for the
-    exponentials to grow too large, and then they are made once more, with the maximum itself.
+    exponentials to grow too large, and then they are made once more, with the maximum itself. The
+    host is not asked whether: it would wait for the device in every chunk.
     """
     from gemma_jax.ops.vocab_kernel import exp_logits
 
@@ -103,12 +104,9 @@ def by_kernel(axis: str | None, factors: Factors, places: Array, here: Array) ->
     if axis is not None:
         top = jax.lax.pmax(top, axis)
 
-    def again(_: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        return *exp_logits(*factors, top)[:2], top
-
-    p, total, shift = jax.lax.while_loop(
-        lambda state: (top - state[2] > _FAR).any(), again, (p, total, shift)
-    )
+    far = (top - shift > _FAR).any()
+    p, total_of_top, _ = exp_logits(*factors, top, instead=(far, p))
+    shift, total = jnp.where(far, top, shift), jnp.where(far, total_of_top, total)
     if axis is not None:
         total = jax.lax.psum(total, axis)
     near = _NEAR
