@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import gemma_jax
+from gemma_jax.files import compilation_cache
 
+COMPILED = str(compilation_cache())  # before a test moves the user's cache
 BUILD = "data build tokens --source good.jsonl --vocab-size 400 --valid-fraction 0.1"
 
 EXPERIMENT = """
@@ -81,8 +83,14 @@ def command(*argv: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    root = Path(gemma_jax.__file__).parent.parent
-    return os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    """Every program that one process has compiled is there for the next."""
+    return os.environ | {
+        "PYTHONPATH": str(Path(gemma_jax.__file__).parent.parent),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": COMPILED,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def ended(argv: list[str]) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,8 @@
 skipped.
 """
 
+import gc
+
 import jax
 import jaxtyping
 import pytest
@@ -34,6 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and `-m gpu`"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: the collector need not look at them again after every few traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def _wants_gpu(config: pytest.Config) -> bool:

@@ -22,7 +22,7 @@ from gemma_jax.experiment_file import load_file
 from gemma_jax.sharding import Layout
 from gemma_jax.training import checkpoint, loop, metrics
 
-AT_LAST = 8  # steps that a start lives for
+AT_LAST = 12  # steps that a start lives for: enough to finish what it has begun to save
 
 # moment: (what is called then, its name, at which call at the latest)
 MOMENTS = {

@@ -11,6 +11,10 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from jax._src import compiler
 
 from gemma_jax.cli import main
 from gemma_jax.data.packing import PackedStream
@@ -19,6 +23,15 @@ from gemma_jax.distill.shards import TeacherShards
 notes, arguments = Path(sys.argv[1]), sys.argv[2:]
 read: dict[str, list[list[int]]] = {"packed": [], "shards": []}
 read_packed, read_records = PackedStream.read, TeacherShards.__getitems__
+write_program = compiler._cache_write
+
+
+def written(*program):
+    """JAX keeps what the first process has compiled. Programs of the others have names of their
+    own, and each test would compile them again."""
+    first = SimpleNamespace(global_state=SimpleNamespace(process_id=0))
+    with mock.patch.object(compiler, "distributed", first):
+        write_program(*program)
 
 
 def packed(self, numbers, limit=None):
@@ -32,6 +45,7 @@ def records(self, indices):
     return read_records(self, indices)
 
 
+compiler._cache_write = written
 PackedStream.read, TeacherShards.__getitems__ = packed, records
 atexit.register(lambda: notes.write_text(json.dumps(read)))
 for is_word, command in itertools.groupby(arguments, key=lambda word: word == "then"):

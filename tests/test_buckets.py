@@ -16,7 +16,7 @@ from gcp_storage_emulator.server import create_server
 
 from gemma_jax.buckets import place
 from gemma_jax.errors import UserError
-from gemma_jax.files import compilation_cache, locked, write_json
+from gemma_jax.files import locked, write_json
 
 
 @pytest.fixture
@@ -39,7 +39,6 @@ def bucket(monkeypatch, tmp_path):
     emulator.start()
     address = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")

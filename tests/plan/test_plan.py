@@ -1,5 +1,6 @@
 """Plans of tiny models, for eight CPU devices that stand in for chips."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import EXPERIMENT
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from gemma_jax import cli, files
 from gemma_jax.distill.objective import Distill
@@ -41,14 +43,23 @@ TAUGHT = dataclasses.replace(
         shards=TeacherRun(path="none", teacher=BASE, draws=6, batch_size=8, mesh=MESH)
     ),
 )
+# One block in a loop, where a test compiles several programs that no cache holds.
+ALIKE = dataclasses.replace(BASE, model=dataclasses.replace(tiny(), attn_pattern="G"))
 EIGHT = Hardware(CHIPS["v5e"], (2, 4))
 
 
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
 @pytest.fixture
-def here(monkeypatch, tmp_path):
-    """CPU devices in place of chips, and a cache of the test's own."""
+def here(monkeypatch, tmp_path, plans):
+    """CPU devices in place of chips, and a cache that these tests share. JAX's own is left on:
+    these devices can load what it holds."""
     monkeypatch.setattr(run, "devices_of", lambda hardware: jax.devices())
-    monkeypatch.setattr(files, "compilation_cache", lambda: tmp_path / "jax" / "cpu")
+    monkeypatch.setattr(run, "no_cache", contextlib.nullcontext)
+    monkeypatch.setattr(files, "compilation_cache", lambda: plans / "jax" / "cpu")
     return tmp_path
 
 
@@ -128,19 +139,37 @@ def test_a_plan_says_what_a_step_takes(here):
     assert f"{found['memory']['total'] / 2**30:.3f}" in text
 
 
-def test_a_plan_is_compiled_once(here, monkeypatch):
+def test_a_plan_is_compiled_once(here, plans, monkeypatch):
+    before = set(plans.rglob("*.json"))
     first = run.plan(Task("teacher", TAUGHT), EIGHT)
+    assert len(set(plans.rglob("*.json")) - before) == 1
     monkeypatch.setattr(compiling, "_compile", None)
     again = run.plan(Task("teacher", TAUGHT), EIGHT)
     assert again == first
     assert first["shards"]["most_bytes_per_token"] == 8 + 4 * 6
 
 
+def test_jax_keeps_nothing_of_chips_that_are_not_here(tmp_path):
+    """Its own cache is off for as long as a plan is made, and on again after an error."""
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        with contextlib.suppress(ZeroDivisionError), compiling.no_cache():
+            jax.jit(lambda x: x + 1).lower(np.ones(3)).compile()
+            raise ZeroDivisionError
+        assert not list(tmp_path.glob("*-cache"))
+        jax.jit(lambda x: x + 2).lower(np.ones(3)).compile()
+        assert len(list(tmp_path.glob("*-cache"))) == 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        reset_cache()
+
+
 def test_microbatches_and_remat_need_less(here):
     """By estimate and as compiled."""
-    long = dataclasses.replace(BASE, batch_tokens=64 * 64, seq_len=64, tokens=64 * 64)
+    long = dataclasses.replace(ALIKE, batch_tokens=64 * 64, seq_len=64, tokens=64 * 64)
     plain = dataclasses.replace(long, train=LoopConfig(microbatches=1))
-    full = dataclasses.replace(plain, model=dataclasses.replace(tiny(), remat="full"))
+    full = dataclasses.replace(plain, model=dataclasses.replace(long.model, remat="full"))
     cut = dataclasses.replace(plain, train=LoopConfig(microbatches=8))
     layout = abstract_layout(Task("train", plain), EIGHT)
     for make in (
@@ -175,14 +204,14 @@ def test_estimates_hold_what_a_step_is_given_exactly():
 
 
 def test_a_search_ranks(here):
-    plans = search.search(Task("train", BASE), EIGHT, 3, compiles=True)
+    plans = search.search(Task("train", ALIKE), EIGHT, 3, compiles=True)
     assert len(plans) == 3
     assert len({run.short(one) for one in plans}) == 3
     steps = [one["seconds"]["step"] for one in plans]
     assert all(one["memory"]["fits"] for one in plans)
     assert steps == sorted(steps) or len(set(steps)) > 1
     assert table.ranking(plans).count("\n") == 3
-    everything = search.search(Task("train", BASE), EIGHT, 100, compiles=False)
+    everything = search.search(Task("train", ALIKE), EIGHT, 100, compiles=False)
     rules = {one["mesh"]["rules"] for one in everything}
     assert rules == {"dp", "fsdp", "fsdp_tp"}
     assert {one["remat"] for one in everything} == {"none", "dots", "full"}
@@ -191,7 +220,7 @@ def test_a_search_ranks(here):
 def test_what_does_not_fit_is_mended(here):
     """On a chip with room for a part of the step's temporaries."""
     big = dataclasses.replace(
-        BASE, batch_tokens=64 * 64, seq_len=64, tokens=64 * 64, train=LoopConfig(microbatches=1)
+        ALIKE, batch_tokens=64 * 64, seq_len=64, tokens=64 * 64, train=LoopConfig(microbatches=1)
     )
     task = Task("train", big)
     need = run.plan(task, EIGHT)["memory"]["total"]
