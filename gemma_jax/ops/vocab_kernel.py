@@ -90,7 +90,6 @@ def exp_logits(
         raise ValueError(f"no kernel for {hidden.shape} x {table.shape} {hidden.dtype}")
     if num_blocks is None:
         num_blocks = getattr(jax.devices()[0], "core_count", 1)
-    parts = V // tiles.columns
     statistics = jax.ShapeDtypeStruct((V // tiles.columns, n), jnp.float32)
     fresh = () if instead else (jax.ShapeDtypeStruct((n, V), jnp.bfloat16),)
     run = plgpu.kernel(

@@ -100,8 +100,8 @@ def make_step(
     The gradient is that of the mean loss over the batch's weight, however many microbatches it is
     computed in. Random numbers depend on the seed and the step alone. `shardings` of the parameters
     are those of the gradients too, also while they are summed. Metrics are float32 scalars: the
-    objective's means, `grad_norm` and `param_norm`; the update's norm would have XLA write the update
-    and read it again. With `on_bad_step` those of a bad step leave the state as it was, and
+    objective's means, `grad_norm` and `param_norm`; for the update's norm XLA would write the
+    update and read it again. With `on_bad_step` those of a bad step leave the state as it was, and
     `bad_step`, `bad_in_row` and `skipped` (int32) tell.
     """
     gradients = make_gradients(
