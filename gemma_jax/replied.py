@@ -18,6 +18,7 @@ from gemma_jax.eval.replies import (
     TEXT_END,
     PromptFormat,
     Scores,
+    check_prompts,
     encode_prompts,
     last_turn,
     score_reply,
@@ -25,7 +26,7 @@ from gemma_jax.eval.replies import (
 )
 from gemma_jax.files import read_json, write_text
 from gemma_jax.generation.constrain import write_bound_texts
-from gemma_jax.generation.decode import Generator, check_request
+from gemma_jax.generation.decode import Generator
 from gemma_jax.generation.grammar import GrammarTokenizer, json_schema
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.generation.text import write_texts
@@ -82,7 +83,7 @@ def evaluate_replies(
     shots = _shots(few_shot, tokenizer)
     rules = read_json(schema, "a JSON schema") if isinstance(schema, (str, Path)) else schema
     prompts = encode_prompts(tokenizer, asked, shots=shots, prompt_format=prompt_format)
-    check_request(loaded.model, prompts, max_new_tokens, None)
+    check_prompts(loaded.model, prompts, asked, max_new_tokens)
     score_reply(scorer, asked[0], last_turn(asked[0])[1])  # its mistakes show at once
     layout = chosen_layout(mesh)
     generator = Generator(loaded.model, loaded.params, layout)

@@ -141,7 +141,10 @@ def test_the_verb(folder, capsys) -> None:
             "a pair .total, weight. of them",
         ),
         ("--conversations a.jsonl --schema no.json", "no.json does not exist"),
-        ("--conversations a.jsonl --max-new-tokens 300", "leave the model's context"),
+        (
+            "--conversations a.jsonl --max-new-tokens 300",
+            r"a\.jsonl line 1: a prompt of .* leave the model's context",
+        ),
     ],
 )
 def test_bad_commands_are_refused(folder, options, message, capsys) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from gemma_jax.data.tokenizer import Tokenizer
-from gemma_jax.errors import UserError
+from gemma_jax.errors import PromptError, UserError
 from gemma_jax.generation.decode import STRETCH, Generator, check_request
 from gemma_jax.generation.grammar import Grammar, GrammarMatcher, GrammarTokenizer, Masks
 from gemma_jax.generation.programs import State
@@ -128,12 +128,13 @@ def write_bound_texts(
 
 def _matchers(grammars: Sequence[Grammar], pieces: GrammarTokenizer) -> list[GrammarMatcher]:
     made = []
-    for number, grammar in enumerate(grammars, 1):
+    for number, grammar in enumerate(grammars):
         try:
             made.append(GrammarMatcher(grammar, pieces))
         except UserError as error:
-            where = f"prompt {number}: " if any(grammar != one for one in grammars) else ""
-            raise UserError(f"{where}{error}") from None
+            if all(grammar == one for one in grammars):
+                raise
+            raise PromptError(number, str(error)) from None
     return made
 
 
