@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jsonschema
 import numpy as np
 
 from gemma_jax import runs
@@ -29,6 +28,7 @@ from gemma_jax.generation.constrain import write_bound_texts
 from gemma_jax.generation.decode import Generator
 from gemma_jax.generation.grammar import GrammarTokenizer, json_schema
 from gemma_jax.generation.sampling import Sampling
+from gemma_jax.generation.schemas import check_schema, is_valid
 from gemma_jax.generation.text import write_texts
 from gemma_jax.progress import progress
 from gemma_jax.sharding import MeshConfig, active, chosen_layout
@@ -82,6 +82,8 @@ def evaluate_replies(
     asked = read_all((str(conversations),), tokenizer)[:limit]
     shots = _shots(few_shot, tokenizer)
     rules = read_json(schema, "a JSON schema") if isinstance(schema, (str, Path)) else schema
+    if rules is not None:
+        check_schema(rules)
     prompts = encode_prompts(tokenizer, asked, shots=shots, prompt_format=prompt_format)
     check_prompts(loaded.model, prompts, asked, max_new_tokens)
     score_reply(scorer, asked[0], last_turn(asked[0])[1])  # its mistakes show at once
@@ -143,8 +145,7 @@ def _validity(rules: dict[str, Any] | None, reply: str) -> Scores:
         value = json.loads(reply, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return {"json": (0.0, 1.0), "valid": (0.0, 1.0)}
-    valid = jsonschema.Draft202012Validator(rules).is_valid(value)
-    return {"json": (1.0, 1.0), "valid": (float(valid), 1.0)}
+    return {"json": (1.0, 1.0), "valid": (float(is_valid(rules, value)), 1.0)}
 
 
 def _no_number(name: str) -> float:

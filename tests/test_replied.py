@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
     rows = [{"prompt": f"say {i}", "completion": json.dumps({"n": i})} for i in range(12)]
     (path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "schema.json").write_text(json.dumps(SCHEMA))
+    (path / "tuple.json").write_text('{"items": [{"type": "string"}]}')
     (path / "scorer.py").write_text(SCORER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
@@ -141,6 +142,7 @@ def test_the_verb(folder, capsys) -> None:
             "a pair .total, weight. of them",
         ),
         ("--conversations a.jsonl --schema no.json", "no.json does not exist"),
+        ("--conversations a.jsonl --schema tuple.json", "the items is .*, which no schema of"),
         (
             "--conversations a.jsonl --max-new-tokens 300",
             r"a\.jsonl line 1: a prompt of .* leave the model's context",
