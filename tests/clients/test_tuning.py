@@ -55,8 +55,14 @@ MADE = {
         "lora_alpha": 6,
         "target_modules": ["k_proj", "up_proj"],
         "rank_pattern": {"layers.0.self_attn.k_proj": 2},
-        "alpha_pattern": {"up_proj": 3},
+        "alpha_pattern": {"layers.1.mlp.up_proj": 5, "up_proj": 3, "0.mlp.up_proj": 9},
         "use_rslora": True,
+    },
+    "table": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["embed_tokens"],
+        "ensure_weight_tying": True,
     },
     "some_layers": {
         "r": 3,
