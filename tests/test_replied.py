@@ -34,6 +34,9 @@ def hits(line, reply):
 
 def bad(line, reply):
     return (1.0, float("nan"))
+
+def wrong(line, reply):
+    return line["nothing"]
 """
 
 
@@ -140,6 +143,10 @@ def test_the_verb(folder, capsys) -> None:
         (
             "--conversations a.jsonl --max-new-tokens 9 --scorer scorer.py:bad",
             "a pair .total, weight. of them",
+        ),
+        (
+            "--conversations a.jsonl --max-new-tokens 9 --scorer scorer.py:wrong",
+            r"the scorer fails on a\.jsonl line 1 \(KeyError: 'nothing', at .*scorer.py line 11\)",
         ),
         ("--conversations a.jsonl --schema no.json", "no.json does not exist"),
         ("--conversations a.jsonl --schema tuple.json", "the items is .*, which no schema of"),

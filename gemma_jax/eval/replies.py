@@ -7,6 +7,7 @@ recall and F1 are those of the whole set, and no means over single replies.
 
 import contextvars
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -143,7 +144,14 @@ def score_reply(scorer: Scorer | None, one: Conversation, reply: str) -> Scores:
     own: Scores = {EXACT_MATCH: (float(reply == last_turn(one)[1]), 1.0)}
     if scorer is None:
         return own
-    given: Any = scorer(one.row, reply)
+    try:
+        given: Any = scorer(one.row, reply)
+    except Exception as error:  # whatever a function of the user's may raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"the scorer fails on {one.place} ({type(error).__name__}: {error!s:.120}, at "
+            f"{frame.filename} line {frame.lineno}); mend it."
+        ) from error
     named = given if isinstance(given, Mapping) else {"score": given}
     try:
         found = {str(name): _pair(value) for name, value in named.items()}
