@@ -248,6 +248,7 @@ def test_a_pattern_that_is_not_met_yet_is_met_at_the_end(write, pattern):
         (lambda: json_schema("3"), "the schema is 3; a schema is an object or true"),
         (lambda: regex("a(b"), "the regular expression cannot be obeyed: .*unclosed group"),
         (lambda: regex("(?=a)b"), "look-around"),
+        (lambda: regex("a\\"), r"the expression 'a.*' ends with a lone \\; write"),
         (lambda: lark("start: foo"), 'unknown name: "foo"'),
     ],
 )

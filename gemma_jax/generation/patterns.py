@@ -30,8 +30,8 @@ def portable(pattern: str, *, schema: bool) -> str:
     """The pattern for Rust's `regex` crate; `schema` where it was written for ECMAScript.
 
     Raises:
-      UserError: for `--` in a class of a schema's pattern, a range for some and a difference of
-        classes for others.
+      UserError: for a lone backslash at the end, and for `--` in a class of a schema's pattern, a
+        range for some and a difference of classes for others.
     """
     known = _SCHEMA if schema else _PLAIN
     found: list[str] = []
@@ -39,8 +39,10 @@ def portable(pattern: str, *, schema: bool) -> str:
     i = 0
     while i < len(pattern):
         letter, step = pattern[i], 1
-        if letter == "\\" and i + 1 < len(pattern):
+        if letter == "\\":
             step = 2
+            if i + 1 == len(pattern):  # llguidance would drop it
+                raise UserError(f"the expression {pattern!r:.80} ends with a lone \\; write \\\\.")
             kind = known.get(pattern[i + 1])
             inside = bool(negated) and negated[-1]
             found.append(kind[inside] if kind else pattern[i : i + 2])
