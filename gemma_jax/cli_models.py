@@ -1,14 +1,14 @@
 """The verbs that take a finished model: generate, import, export."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_jax import report
-from gemma_jax.errors import UserError
+from gemma_jax.data.readers import json_rows
+from gemma_jax.errors import PromptError, UserError
 
 if TYPE_CHECKING:  # all import jax, which takes a second
     from gemma_jax.completion import Prompt, TextCompletion
@@ -59,50 +59,32 @@ def generate(arguments: argparse.Namespace) -> None:
         return
     asked = _prompts(Path(arguments.file)) if arguments.file else []
     asked = asked or [_Asked(prompt) for prompt in arguments.prompt]
-    prompts = [one.prompt for one in asked]
-    named = any(one.adapter is not _UNSAID for one in asked)
-    names = [None if one.adapter is _UNSAID else one.adapter for one in asked] if named else None
-    grammars = _grammars(arguments, asked)
-    writer = TextGenerator(
-        arguments.checkpoint, adapters=_adapters(arguments.adapter), mesh=mesh(arguments)
-    )
-    seeds = [arguments.seed + i for i in range(len(prompts))]
-    if grammars:
-        results: Sequence[Any] = writer.complete_bound(
-            prompts,
-            grammars,
-            max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
-            seeds=seeds,
-            on_limit=arguments.on_limit,
-            adapters=names,
+    adapters = _adapters(arguments.adapter)
+    names, grammars = _names(asked, adapters), _grammars(arguments, asked)
+    writer = TextGenerator(arguments.checkpoint, adapters=adapters, mesh=mesh(arguments))
+    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "sampling": sampling}
+    first = asked[0].prompt
+    # None means the only adapter there, so a line that wants none is no stream.
+    streamed = len(asked) == 1 and isinstance(first, str) and (names[0] or not adapters)
+    try:
+        if streamed and not (grammars or arguments.json or arguments.logprobs):
+            settings |= {"stop": arguments.stop, "seed": arguments.seed, "adapter": names[0]}
+            pieces = writer.stream(first, **settings)
+            _write([str(first), next(pieces)])  # together: one that is refused is not printed
+            _write(pieces)
+            print()
+            return
+        prompts = [one.prompt for one in asked]
+        settings["seeds"] = [(arguments.seed + i) % 2**32 for i in range(len(prompts))]
+        settings["adapters"] = names
+        results: Sequence[Any] = (
+            writer.complete_bound(prompts, grammars, on_limit=arguments.on_limit, **settings)
+            if grammars
+            else writer.complete(prompts, stop=arguments.stop, **settings)
         )
-    elif (
-        len(prompts) == 1
-        and isinstance(prompts[0], str)
-        and not (named or arguments.json or arguments.logprobs)
-    ):
-        pieces = writer.stream(
-            prompts[0],
-            max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
-            seed=arguments.seed,
-            stop=arguments.stop,
-        )
-        first = next(pieces)  # a prompt that is refused is not printed
-        _write([prompts[0], first])
-        _write(pieces)
-        print()
-        return
-    else:
-        results = writer.complete(
-            prompts,
-            max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
-            seeds=seeds,
-            stop=arguments.stop,
-            adapters=names,
-        )
+    except PromptError as error:
+        where = asked[error.number].where
+        raise (UserError(f"{where}: {error.reason}") if where else error) from None
     rows = [_row(*pair, arguments.logprobs) for pair in zip(prompts, results, strict=True)]
     report.emit(arguments, rows, "\n\n".join(map(_as_text, rows)))
 
@@ -134,6 +116,7 @@ def _write(pieces: Iterable[str]) -> None:
 
 
 _UNSAID = object()
+_BOUND = ("schema", "regex", "grammar")
 
 
 def _adapters(given: list[str]) -> dict[str, str]:
@@ -148,8 +131,21 @@ def _adapters(given: list[str]) -> dict[str, str]:
     return named
 
 
+def _names(asked: "list[_Asked]", adapters: dict[str, str]) -> list[str | None]:
+    """The adapter of each prompt: the one that it names, or the only one."""
+    for number, one in enumerate(asked, 1):
+        if one.adapter is _UNSAID and len(adapters) > 1:
+            raise UserError(
+                f"{one.where or f'prompt {number}'} names no adapter, and there are "
+                f"{', '.join(adapters)}; give lines of --file an `adapter`, null for none."
+            )
+    only = next(iter(adapters), None)
+    return [only if one.adapter is _UNSAID else one.adapter for one in asked]
+
+
 class _Asked(NamedTuple):
     prompt: "Prompt"
+    where: str = ""  # its line
     adapter: Any = _UNSAID
     grammar: "Grammar | None" = None
 
@@ -169,15 +165,15 @@ def _grammars(arguments: argparse.Namespace, asked: "list[_Asked]") -> "list[Gra
         raise UserError("a bound text ends where its grammar does; leave --stop out.")
     if 0 < len(found) < len(asked):
         raise UserError(
-            f"prompt {chosen.index(None) + 1} of {arguments.file} has no schema, regex or grammar, "
-            "and others have; give it one, or one for all as an option."
+            f"{asked[chosen.index(None)].where} has no schema, regex or grammar, and others have; "
+            "give it one, or one for all as an option."
         )
     return found
 
 
 def _grammar(given: dict[str, Any]) -> "Grammar | None":
     """The grammar of the one kind that is given."""
-    kinds = [kind for kind in ("schema", "regex", "grammar") if given.get(kind) is not None]
+    kinds = [kind for kind in _BOUND if given.get(kind) is not None]
     if not kinds:
         return None
     from gemma_jax.generation.grammar import json_schema, lark, regex
@@ -201,39 +197,36 @@ def _read(path: Path) -> str:
 
 
 def _prompts(path: Path) -> "list[_Asked]":
-    """The prompts of a JSONL file: `prompt`, or the `messages` of a conversation, a line, with
-    `adapter`, `schema`, `regex` or `grammar` where it asks for one."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path} cannot be read: {cause}; give a JSONL file in UTF-8.") from None
-    prompts: list[_Asked] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            prompts.append(_prompt(line, f"{path} line {number}"))
+    """The prompts of a file of JSON lines, each with what it asks for."""
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{path} cannot be read: it is no file; give JSON lines in UTF-8.")
+    prompts = [_prompt(where, value) for where, value in json_rows(str(path), once=True)]
     if not prompts:
         raise UserError(f"{path} is empty; give a line a prompt.")
     return prompts
 
 
-def _prompt(line: str, where: str) -> "_Asked":
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {error}; mend it.") from None
+def _prompt(where: str, value: Any) -> "_Asked":
+    """A line: `prompt`, or the `messages` of a conversation, and `adapter`, `schema`, `regex` or
+    `grammar` where it asks for one."""
     keys = [key for key in ("prompt", "messages") if isinstance(value, dict) and key in value]
     kinds = {"prompt": str, "messages": list}
-    if len(keys) == 1 and isinstance(value[keys[0]], kinds[keys[0]]):
-        try:
-            grammar = _grammar(value)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        adapter = value.get("adapter", _UNSAID)
-        if adapter is not _UNSAID and not isinstance(adapter, str | None):
-            raise UserError(f"{where}: adapter={adapter!r:.60} must be the name of one.")
-        return _Asked(value[keys[0]], adapter, grammar)
-    raise UserError(f"{where} must have either a text `prompt` or a list `messages`.")
+    if len(keys) != 1 or not isinstance(value[keys[0]], kinds[keys[0]]):
+        raise UserError(f"{where} must have either a text `prompt` or a list `messages`.")
+    for name in value:
+        if name not in (keys[0], "adapter", *_BOUND):
+            raise UserError(
+                f"{where} has an unknown {name!r:.60}; a line may have prompt or messages, "
+                f"adapter, {', '.join(_BOUND)}."
+            )
+    try:
+        grammar = _grammar(value)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    adapter = value.get("adapter", _UNSAID)
+    if adapter is not _UNSAID and not isinstance(adapter, str | None):
+        raise UserError(f"{where}: adapter={adapter!r:.60} must be the name of one.")
+    return _Asked(value[keys[0]], where, adapter, grammar)
 
 
 def _chat(arguments: argparse.Namespace, sampling: "Sampling") -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 
 from gemma_jax import adapted, runs
-from gemma_jax.data.chat import encode_chat
+from gemma_jax.data.chat import check_unicode, encode_chat
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, Tokenizer
-from gemma_jax.errors import UserError
+from gemma_jax.errors import PromptError, UserError
 from gemma_jax.generation.constrain import BoundCompletion, OnLimit, write_bound_texts
 from gemma_jax.generation.decode import Generator
 from gemma_jax.generation.grammar import Grammar, GrammarTokenizer
@@ -82,7 +82,7 @@ class TextGenerator:
         return write_texts(
             self.generator,
             self.tokenizer,
-            [self._encode(prompt) for prompt in prompts],
+            self._encode(prompts),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seeds=seeds,
@@ -112,7 +112,7 @@ class TextGenerator:
             self.generator,
             self.tokenizer,
             self._pieces,
-            [self._encode(prompt) for prompt in prompts],
+            self._encode(prompts),
             grammars,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
@@ -133,10 +133,10 @@ class TextGenerator:
             names = [next(iter(known), None)] * count
         if len(names) != count:
             raise UserError(f"{len(names)} adapters for {count} prompts; give one a prompt.")
-        for name in names:
+        for number, name in enumerate(names):
             if name is not None and name not in known:
                 there = f"there are: {', '.join(known)}" if known else "none was given"
-                raise UserError(f"there is no adapter '{name}'; {there}.")
+                raise PromptError(number, f"there is no adapter '{name}'; {there}.")
         return [0 if name is None else known[name] for name in names] if known else None
 
     def stream(
@@ -152,7 +152,7 @@ class TextGenerator:
         """The continuation of one prompt, in pieces as it is written."""
         writer = Writer(self.tokenizer, stop)
         for tokens, logprobs in self.generator.stream(
-            [self._encode(prompt)],
+            self._encode([prompt]),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seeds=[seed],
@@ -165,12 +165,18 @@ class TextGenerator:
                 break
         yield writer.rest()
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return encode_chat(self.tokenizer, prompt, add_generation_prompt=True)
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise UserError(f"the prompt {prompt!r} is no valid Unicode text; give it in UTF-8.")
-        return [BOS, *self.tokenizer.encode(prompt)]
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        found = []
+        for number, prompt in enumerate(prompts):
+            try:
+                if isinstance(prompt, str):
+                    check_unicode(prompt, "the prompt")
+                    found.append([BOS, *self.tokenizer.encode(prompt)])
+                else:
+                    found.append(encode_chat(self.tokenizer, prompt, add_generation_prompt=True))
+            except UserError as error:
+                raise PromptError(number, str(error)) from None
+        return found
 
 
 def load_adapters(

@@ -13,6 +13,14 @@ class UserError(ValueError):
     """Bad input. The message names the value, the place and the mend."""
 
 
+class PromptError(UserError):
+    """One of several prompts is bad. `number` says which, from 0, and `reason` why."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"prompt {number + 1}: {reason}")
+        self.number, self.reason = number, reason
+
+
 def require_positive(settings: Any, *names: str, allow_zero: bool = False) -> None:
     """Refuses a setting that is not a positive, finite number; None passes where it is allowed."""
     for name in names:

@@ -137,13 +137,16 @@ def _import_adapter(source: Path, dest: Path, base: str | Path | None) -> dict[s
     run, _ = runs.run_and_step(base)
     config = runs.read_config(run / runs.MODEL)
     model = Transformer(config)
-    settings, pairs = peft.read_adapter(source, config)
+    weights = runs.open_base(base)
+    settings, pairs = peft.read_adapter(
+        source, config, lambda path: weights.read(path, None, 0, config.vocab_size)
+    )
     targets = tuple(dict.fromkeys(lora.target_of(path) for path in pairs))
     own = lora.Lora(targets=targets, **settings)
     shapes = jax.eval_shape(
         lambda: lora.init_adapter(own, model.axes(), model.shapes(), jax.random.key(0))
     )
-    known = weights_hash(model.shapes(), runs.open_base(base).read)
+    known = weights_hash(model.shapes(), weights.read)
     described = adapted.Adapter(own, str(base), known)
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     value = {"source": str(source), "format": "peft", "parameters": size}

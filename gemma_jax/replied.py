@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jsonschema
 import numpy as np
 
 from gemma_jax import runs
@@ -18,6 +17,7 @@ from gemma_jax.eval.replies import (
     TEXT_END,
     PromptFormat,
     Scores,
+    check_prompts,
     encode_prompts,
     last_turn,
     score_reply,
@@ -25,9 +25,10 @@ from gemma_jax.eval.replies import (
 )
 from gemma_jax.files import read_json, write_text
 from gemma_jax.generation.constrain import write_bound_texts
-from gemma_jax.generation.decode import Generator, check_request
+from gemma_jax.generation.decode import Generator
 from gemma_jax.generation.grammar import GrammarTokenizer, json_schema
 from gemma_jax.generation.sampling import Sampling
+from gemma_jax.generation.schemas import check_schema, is_valid
 from gemma_jax.generation.text import write_texts
 from gemma_jax.progress import progress
 from gemma_jax.sharding import MeshConfig, active, chosen_layout
@@ -81,8 +82,10 @@ def evaluate_replies(
     asked = read_all((str(conversations),), tokenizer)[:limit]
     shots = _shots(few_shot, tokenizer)
     rules = read_json(schema, "a JSON schema") if isinstance(schema, (str, Path)) else schema
+    if rules is not None:
+        check_schema(rules)
     prompts = encode_prompts(tokenizer, asked, shots=shots, prompt_format=prompt_format)
-    check_request(loaded.model, prompts, max_new_tokens, None)
+    check_prompts(loaded.model, prompts, asked, max_new_tokens)
     score_reply(scorer, asked[0], last_turn(asked[0])[1])  # its mistakes show at once
     layout = chosen_layout(mesh)
     generator = Generator(loaded.model, loaded.params, layout)
@@ -142,8 +145,7 @@ def _validity(rules: dict[str, Any] | None, reply: str) -> Scores:
         value = json.loads(reply, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return {"json": (0.0, 1.0), "valid": (0.0, 1.0)}
-    valid = jsonschema.Draft202012Validator(rules).is_valid(value)
-    return {"json": (1.0, 1.0), "valid": (float(valid), 1.0)}
+    return {"json": (1.0, 1.0), "valid": (float(is_valid(rules, value)), 1.0)}
 
 
 def _no_number(name: str) -> float:

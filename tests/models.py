@@ -1,5 +1,6 @@
 """Random models of any settings as run folders, without training."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -48,8 +49,13 @@ def params_of(run: Path) -> dict[str, np.ndarray]:
 def logits_of(run: Path, tokens: list[list[int]]) -> list[np.ndarray]:
     """float32 [T, V] of each text."""
     loaded = runs.load_model(run)
-    forward = jax.jit(lambda p, t: loaded.model.logits(p, loaded.model.hidden(p, t))[0])
+    forward = _forward(loaded.model)
     return [np.asarray(forward(loaded.params, np.array([ids], np.int32))) for ids in tokens]
+
+
+@functools.cache
+def _forward(model: Transformer):
+    return jax.jit(lambda p, t: model.logits(p, model.hidden(p, t))[0])
 
 
 def make_adapter(folder: Path, base: Path, settings: Lora, *, seed: int = 1) -> Path:

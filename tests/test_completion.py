@@ -91,10 +91,16 @@ def test_what_may_begin_a_stop_string_is_held_back():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"prompts": ["\ud800"]}, "no valid Unicode"),
+        ({"prompts": ["\ud800"]}, "prompt 1: the prompt holds half a surrogate pair"),
         ({"prompts": ["a"], "stop": [""]}, "a stop string is empty"),
         ({"prompts": ["a"], "seeds": [1, 2]}, "2 seeds for 1 prompts"),
-        ({"prompts": [[{"role": "robot", "content": "x"}]]}, "robot"),
+        ({"prompts": ["a", [{"role": "robot", "content": "x"}]]}, "prompt 2: message 1 .*robot"),
+        (
+            {"prompts": [[{"role": "user", "content": "\udc00"}]]},
+            "prompt 1: message 1 holds half a surrogate pair",
+        ),
+        ({"prompts": ["a", "a " * 300]}, "prompt 2: a prompt of .* leave the model's context"),
+        ({"prompts": ["a", "b"], "adapters": [None, "x"]}, "prompt 2: there is no adapter 'x'"),
     ],
 )
 def test_bad_requests_are_refused(generator, call, message):

@@ -198,21 +198,57 @@ def test_a_foreign_tokenizer_spells_what_it_would_read_as_a_space(loaded):
     assert json.loads(foreign.decode(matcher.tokens)) == wanted
 
 
+def _nested(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize("pattern", ["[0-9]{3}", "^a|b$", "^[^}]*x$"])
+def test_a_pattern_that_is_not_met_yet_is_met_at_the_end(write, pattern):
+    (result,) = write(
+        [json_schema({"type": "string", "pattern": pattern})], max_new_tokens=60, sampling=WILD
+    )
+    assert result.ending in ("closed", "complete")
+    assert re.search(pattern, json.loads(result.text))
+
+
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
         (lambda: json_schema({"not": {}}), 'the schema uses "not", which'),
         (lambda: json_schema({"type": "array", "contains": {}}), 'uses "contains"'),
         (lambda: json_schema({"oneOf": [{"minimum": 1}, {"maximum": 2}]}), 'uses "oneOf", which'),
-        (lambda: json_schema({"type": "string", "format": "regex"}), "Unknown format: regex"),
+        (
+            lambda: json_schema({"type": "string", "format": "regex"}),
+            'uses "format": "regex", which',
+        ),
         (lambda: json_schema({"minLength": 3, "maxLength": 1, "type": "string"}), "minLength"),
         (lambda: json_schema(False), "the schema is false, which no value meets"),
-        (lambda: json_schema({"type": "strng"}), "Invalid type: strng"),
+        (lambda: json_schema({"type": "strng"}), 'the type is "strng", which no schema'),
         (lambda: json_schema({"$ref": "#/$defs/x"}), "/x' does not exist"),
         (lambda: json_schema("{"), "the schema is not valid JSON"),
+        (lambda: json_schema({"const": "\ud800"}), "the schema holds what JSON cannot"),
+        (lambda: json_schema({"const": float("nan")}), "the schema holds what JSON cannot"),
+        (lambda: json_schema({"enum": [{1, 2}]}), "the schema holds what JSON cannot"),
+        (
+            lambda: json_schema({"items": [True]}),
+            "the items is .*true.*, which no schema of .*2020",
+        ),
+        (lambda: json_schema({"enum": [2**53 + 1]}), "the schema has 9007199254740993 in enum"),
+        (lambda: json_schema({"const": {"a": [1e300]}}), r"the schema has 1e\+300 in const"),
+        (lambda: json_schema({"minimum": 10**30}), "the schema has 10+ in minimum, beyond"),
+        (lambda: json_schema({"multipleOf": 0.1}), "the schema uses multipleOf=0.1"),
+        (lambda: json_schema({"x-guidance": {"lenient": True}, "not": {}}), "uses x-guidance"),
+        (lambda: json_schema({"pattern": "[+--]"}), r"has -- in a class, .* write \\-"),
+        (lambda: json_schema(_nested(3000)), "the schema is nested too deeply"),
+        (lambda: regex("\udc00"), "the regular expression holds half a surrogate pair"),
+        (lambda: lark('start: "\udc00"'), "the grammar holds half a surrogate pair"),
         (lambda: json_schema("3"), "the schema is 3; a schema is an object or true"),
         (lambda: regex("a(b"), "the regular expression cannot be obeyed: .*unclosed group"),
         (lambda: regex("(?=a)b"), "look-around"),
+        (lambda: regex("a\\"), r"the expression 'a.*' ends with a lone \\; write"),
         (lambda: lark("start: foo"), 'unknown name: "foo"'),
     ],
 )
@@ -226,6 +262,9 @@ def test_a_grammar_without_an_end_is_refused_where_it_grows_too_large(write):
     with pytest.raises(UserError, match=r"the grammar cannot be obeyed: .*Too many items") as error:
         write([lark('start: "x" start')], max_new_tokens=4)
     assert "\n" not in str(error.value)
+    endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    with pytest.raises(UserError, match=r"prompt 2: the schema cannot be obeyed: .*Too many items"):
+        write([regex("a"), json_schema(endless)], max_new_tokens=4)
     with pytest.raises(UserError, match='prompt 2: the schema uses "not"'):
         write([regex("a"), json_schema({"not": {}})], max_new_tokens=4)
 
@@ -271,7 +310,7 @@ def test_each_line_of_a_file_has_its_own(folder, capsys):
     file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "free"}])))
     with pytest.raises(SystemExit):
         rows(capsys, folder, "--file", str(file))
-    assert re.search(r"prompt 4 of .*asked.jsonl has no schema", capsys.readouterr().err)
+    assert re.search(r"asked.jsonl line 4 has no schema", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ def hits(line, reply):
 
 def bad(line, reply):
     return (1.0, float("nan"))
+
+def wrong(line, reply):
+    return line["nothing"]
 """
 
 
@@ -45,6 +48,7 @@ def folder(tmp_path_factory):
     rows = [{"prompt": f"say {i}", "completion": json.dumps({"n": i})} for i in range(12)]
     (path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "schema.json").write_text(json.dumps(SCHEMA))
+    (path / "tuple.json").write_text('{"items": [{"type": "string"}]}')
     (path / "scorer.py").write_text(SCORER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
@@ -140,8 +144,16 @@ def test_the_verb(folder, capsys) -> None:
             "--conversations a.jsonl --max-new-tokens 9 --scorer scorer.py:bad",
             "a pair .total, weight. of them",
         ),
+        (
+            "--conversations a.jsonl --max-new-tokens 9 --scorer scorer.py:wrong",
+            r"the scorer fails on a\.jsonl line 1 \(KeyError: 'nothing', at .*scorer.py line 11\)",
+        ),
         ("--conversations a.jsonl --schema no.json", "no.json does not exist"),
-        ("--conversations a.jsonl --max-new-tokens 300", "leave the model's context"),
+        ("--conversations a.jsonl --schema tuple.json", "the items is .*, which no schema of"),
+        (
+            "--conversations a.jsonl --max-new-tokens 300",
+            r"a\.jsonl line 1: a prompt of .* leave the model's context",
+        ),
     ],
 )
 def test_bad_commands_are_refused(folder, options, message, capsys) -> None:

@@ -17,16 +17,20 @@ from typing import Any
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
 from gemma_jax.errors import UserError
 
+# What another format would say besides a message's content. All other keys are ignored, as by
+# transformers.
+_CALLS = ("tool_calls", "function_call")
+
 # The same format in Jinja. Texts may come as lists of parts. The tag `generation`, which is
 # transformers' own, marks what `mark_chat` does: the model's text and the <end_of_turn> after it,
 # not the newline behind.
 MARKED_CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
+{%- macro text(content, trimmed=true) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
         {%- for part in content if part['type'] == 'text' -%}
-            {{- part['text'] -}}
+            {{- part['text'] | trim if trimmed else part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
@@ -34,7 +38,7 @@ MARKED_CHAT_TEMPLATE = """\
 {%- set prefix = '' -%}
 {%- set turns = messages -%}
 {%- if messages[0]['role'] == 'system' -%}
-    {%- set prefix = text(messages[0]['content']) + '\\n\\n' -%}
+    {%- set prefix = text(messages[0]['content'], false) + '\\n\\n' -%}
     {%- set turns = messages[1:] -%}
 {%- endif -%}
 {%- for turn in turns -%}
@@ -165,21 +169,39 @@ def _read(message: Mapping[str, str], number: int) -> tuple[str, str]:
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant", "model"):
         raise UserError(
-            f"message {number} has the role {role!r}; use system, user, assistant or model."
+            f"message {number} has the role {role!r:.80}; use system, user, assistant or model."
         )
-    text = text_of(content)
+    text = text_of(content, role)
     if text is None:
         raise UserError(
             f"message {number} has a content of type {type(content).__name__}; give it as a "
             "string, or a list of parts of the type text."
         )
+    check_unicode(text, f"message {number}")
+    for name in _CALLS:
+        if message.get(name):
+            raise UserError(
+                f"message {number} has {name}, for which Gemma's chat format has no place; write "
+                "them into its content, or leave them out."
+            )
     return "model" if role == "assistant" else role, text
 
 
-def text_of(content: Any) -> str | None:
+def check_unicode(text: str, name: str) -> None:
+    """Refuses half a surrogate pair, as JSON can spell it: it is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{name} holds half a surrogate pair, which is no Unicode text; remove it."
+        ) from None
+
+
+def text_of(content: Any, role: str) -> str | None:
     """The text of a message's content, a string or parts of the type text; None for anything else.
 
-    Parts are written one behind the other.
+    Parts are written one behind the other, those of a turn each without the space around it, as
+    Gemma's own template does.
     """
     if isinstance(content, str):
         return content
@@ -187,4 +209,6 @@ def text_of(content: Any) -> str | None:
         return None
     texts = [part.get("text") for part in content if part.get("type") == "text"]
     known = [text for text in texts if isinstance(text, str)]
-    return "".join(known) if len(known) == len(content) else None
+    if len(known) < len(content):
+        return None
+    return "".join(known if role == "system" else map(str.strip, known))

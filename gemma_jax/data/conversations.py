@@ -133,7 +133,7 @@ def read_all(
     found, silent = [], 0
     with progress("read conversations", sum(part.size() for part in parts)) as advance:
         for part in parts:
-            for place, row in readers.json_rows(part.name):
+            for place, row in readers.json_rows(part.name, once=True):
                 one = _conversation(place, row, tokenizer)
                 if seq_len is not None and len(one.ids) > seq_len + 1:
                     one = _shortened(one, seq_len, too_long)
@@ -167,22 +167,25 @@ def _conversation(place: str, row: Any, tokenizer: Tokenizer) -> Conversation:
     messages = list(given)
     try:
         for number, message in enumerate(messages, 1):
-            text = text_of(message.get("content")) if isinstance(message, Mapping) else None
-            if text is None:
+            if not isinstance(message, Mapping):
                 continue  # `mark_chat` says what is wrong
+            text = text_of(message.get("content"), str(message.get("role")))
+            if text is None:
+                continue
             if not text.strip():
                 raise UserError(f"message {number} is empty; give it a text or remove the line.")
-            text.encode()
+            if message["role"] in _MODEL and (weight := message.get("weight")) not in (None, 1):
+                raise UserError(
+                    f"message {number} has weight={weight!r:.20}, but all turns of the assistant "
+                    "count alike; give those that shall not count as the `prompt` of a line with "
+                    "`prompt` and `completion`, or leave the weight out."
+                )
             messages[number - 1] = {**message, "content": text}
         marked = mark_chat(tokenizer, messages)
         ids, spoken = (np.array(column) for column in zip(*marked, strict=True))
         if any(message["role"] in _MODEL for message in messages[:asked]):  # given, not learned
             before = mark_chat(tokenizer, messages[:asked], add_generation_prompt=True)
             spoken[: len(before)] = False
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{place} holds half a surrogate pair, which is no Unicode text; remove it."
-        ) from None
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     if not spoken.any():

@@ -114,15 +114,31 @@ def text_blocks(name: str) -> Iterator[str]:
 _RENAME = "give the right name as --text-field, or as text_field of a Corpus"
 
 
-def json_rows(name: str) -> Iterator[tuple[str, Any]]:
-    """("FILE line N", value) of each line of JSON lines that is not blank."""
+class _TwiceError(ValueError):
+    """A name that an object has twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return row
+
+
+def json_rows(name: str, *, once: bool = False) -> Iterator[tuple[str, Any]]:
+    """("FILE line N", value) of each line of JSON lines that is not blank.
+
+    Of a name that an object has twice JSON keeps the last value; with `once` it is refused.
+    """
+    hook = _object if once else None
     with reading(name), _open(name) as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
             place = f"{name} line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=hook)
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{place} is not UTF-8 at byte {error.start} of the line; convert the file or "
@@ -132,6 +148,8 @@ def json_rows(name: str) -> Iterator[tuple[str, Any]]:
                 raise UserError(
                     f"{place} is not JSON ({error.msg}, column {error.colno}); mend or remove it."
                 ) from None
+            except _TwiceError as error:
+                raise UserError(f"{place} has '{error}' twice in one object; remove one.") from None
             except (ValueError, RecursionError):  # both bound what a line may ask for
                 raise UserError(
                     f"{place} holds a number of thousands of digits, or is nested too deeply; "

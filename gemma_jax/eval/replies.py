@@ -7,6 +7,7 @@ recall and F1 are those of the whole set, and no means over single replies.
 
 import contextvars
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from gemma_jax.data.chat import encode_chat
 from gemma_jax.data.conversations import Conversation
 from gemma_jax.data.line_encoder import LineEncoder
 from gemma_jax.data.tokenizer import BOS, Tokenizer
-from gemma_jax.errors import UserError
+from gemma_jax.errors import PromptError, UserError
 from gemma_jax.generation.decode import Generator, check_request
 from gemma_jax.generation.sampling import Sampling
 from gemma_jax.generation.text import write_texts
@@ -50,7 +51,7 @@ def make_reply_evaluation(
         number.
     """
     prompts = encode_prompts(tokenizer, conversations)
-    check_request(model, prompts, max_new_tokens, None)
+    check_prompts(model, prompts, conversations, max_new_tokens)
     score_reply(scorer, conversations[0], last_turn(conversations[0])[1])
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -68,6 +69,19 @@ def make_reply_evaluation(
         return {name: found["value"] for name, found in totals(rows).items()}
 
     return evaluate
+
+
+def check_prompts(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+) -> None:
+    """Refuses prompts that leave no room in the model's context, with the line of the first."""
+    try:
+        check_request(model, prompts, max_new_tokens, None)
+    except PromptError as error:
+        raise UserError(f"{conversations[error.number].place}: {error.reason}") from None
 
 
 def encode_prompts(
@@ -130,7 +144,14 @@ def score_reply(scorer: Scorer | None, one: Conversation, reply: str) -> Scores:
     own: Scores = {EXACT_MATCH: (float(reply == last_turn(one)[1]), 1.0)}
     if scorer is None:
         return own
-    given: Any = scorer(one.row, reply)
+    try:
+        given: Any = scorer(one.row, reply)
+    except Exception as error:  # whatever a function of the user's may raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"the scorer fails on {one.place} ({type(error).__name__}: {error!s:.120}, at "
+            f"{frame.filename} line {frame.lineno}); mend it."
+        ) from error
     named = given if isinstance(given, Mapping) else {"score": given}
     try:
         found = {str(name): _pair(value) for name, value in named.items()}

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from gemma_jax.data.tokenizer import Tokenizer
-from gemma_jax.errors import UserError
+from gemma_jax.errors import PromptError, UserError
 from gemma_jax.generation.decode import STRETCH, Generator, check_request
 from gemma_jax.generation.grammar import Grammar, GrammarMatcher, GrammarTokenizer, Masks
 from gemma_jax.generation.programs import State
@@ -40,15 +40,18 @@ class BoundCompletion(NamedTuple):
 class _Row:
     """One text under way."""
 
-    def __init__(self, matcher: GrammarMatcher, limit: int) -> None:
-        self.matcher, self._limit = matcher, limit
+    def __init__(self, matcher: GrammarMatcher, number: int, limit: int) -> None:
+        self.matcher, self._number, self._limit = matcher, number, limit
         self.logprobs: list[float | None] = []
         self.done = False
         self.take(matcher.forced())
 
     def take(self, tokens: list[int], logprob: float | None = None) -> None:
         """Takes tokens of which the first has this log-probability."""
-        self.matcher.take(tokens)
+        try:
+            self.matcher.take(tokens)
+        except UserError as error:
+            raise PromptError(self._number, str(error)) from None
         self.logprobs += [logprob, *[None] * (len(tokens) - 1)][: len(tokens)]
         self.done = self.matcher.finished or len(self.matcher.tokens) >= self._limit
 
@@ -107,7 +110,7 @@ def write_bound_texts(
     made = _matchers(grammars, pieces)
     results: dict[int, BoundCompletion] = {}
     for batch in batches_of(prompts, max_new_tokens, batch_tokens):
-        rows = [_Row(made[i], max_new_tokens) for i in batch]
+        rows = [_Row(made[i], i, max_new_tokens) for i in batch]
         starts = [
             [*prompts[i], *([] if row.done else row.matcher.tokens)]
             for i, row in zip(batch, rows, strict=True)
@@ -128,12 +131,13 @@ def write_bound_texts(
 
 def _matchers(grammars: Sequence[Grammar], pieces: GrammarTokenizer) -> list[GrammarMatcher]:
     made = []
-    for number, grammar in enumerate(grammars, 1):
+    for number, grammar in enumerate(grammars):
         try:
             made.append(GrammarMatcher(grammar, pieces))
         except UserError as error:
-            where = f"prompt {number}: " if any(grammar != one for one in grammars) else ""
-            raise UserError(f"{where}{error}") from None
+            if all(grammar == one for one in grammars):
+                raise
+            raise PromptError(number, str(error)) from None
     return made
 
 

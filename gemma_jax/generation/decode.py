@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.errors import UserError
+from gemma_jax.errors import PromptError, UserError
 from gemma_jax.generation import programs
 from gemma_jax.generation.programs import State
 from gemma_jax.generation.sampling import Sampling
@@ -205,16 +205,18 @@ def check_request(
         raise UserError("a prompt is empty; give at least the beginning-of-text token.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    longest, context = max(map(len, prompts)), model.config.max_seq_len
-    if longest + max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones leave the model's context "
-            f"of {context} tokens; shorten one of them."
-        )
+    context = model.config.max_seq_len
+    for number, prompt in enumerate(prompts):
+        if len(prompt) + max_new_tokens > context:
+            raise PromptError(
+                number,
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones leave the model's "
+                f"context of {context} tokens; shorten one of them.",
+            )
     own = list(range(len(prompts)) if seeds is None else seeds)
     if len(own) != len(prompts):
         raise UserError(f"{len(own)} seeds for {len(prompts)} prompts; give one a prompt.")
-    return longest, own
+    return max(map(len, prompts)), own
 
 
 def _width(tokens: int) -> int:

@@ -15,8 +15,11 @@ import llguidance
 import llguidance.numpy
 import numpy as np
 
+from gemma_jax.data.chat import check_unicode
 from gemma_jax.data.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
 from gemma_jax.errors import UserError
+from gemma_jax.generation.patterns import portable
+from gemma_jax.generation.schemas import schema_text
 
 _CLOSING = b'"}]'  # what ends a value of JSON
 _ATTEMPTS = 200  # to find a way to the end
@@ -39,8 +42,8 @@ class Grammar:
 def json_schema(schema: dict[str, Any] | bool | str) -> Grammar:
     """JSON values that a schema allows, written as `json.dumps` writes them.
 
-    `schema` is the parsed schema or its text. Draft 2020-12 but for what llguidance leaves out;
-    `GrammarMatcher` refuses a keyword that it would not obey.
+    `schema` is the parsed schema or its text. Draft 2020-12, or what its `$schema` says, but for
+    what llguidance leaves out; `GrammarMatcher` refuses a keyword that it would not obey.
     """
     if isinstance(schema, str):
         try:
@@ -51,39 +54,59 @@ def json_schema(schema: dict[str, Any] | bool | str) -> Grammar:
         raise UserError("the schema is false, which no value meets; give another.")
     if schema is not True and not isinstance(schema, dict):
         raise UserError(f"the schema is {json.dumps(schema)[:60]}; a schema is an object or true.")
-    text = json.dumps({} if schema is True else schema)
+    text = schema_text({} if schema is True else schema)
     compiled = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_LAYOUT)  # type: ignore[arg-type]
     return Grammar("schema", compiled)
 
 
 def regex(pattern: str) -> Grammar:
-    """Texts that match a regular expression as a whole (Rust's syntax: no look-around)."""
-    return Grammar("regex", llguidance.LLMatcher.grammar_from_regex(pattern))
+    """Texts that match a regular expression as a whole (Rust's syntax: no look-around).
+
+    Of \\w, \\s and their opposites those letters alone that Python's `re` takes too.
+    """
+    check_unicode(pattern, "the regular expression")
+    plain = portable(pattern, schema=False)
+    return Grammar("regex", llguidance.LLMatcher.grammar_from_regex(plain))
 
 
 def lark(grammar: str) -> Grammar:
     """Texts of a context-free grammar in Lark's notation; the rule `start` is the whole."""
+    check_unicode(grammar, "the grammar")
     return Grammar("grammar", llguidance.LLMatcher.grammar_from_lark(grammar))
 
 
 class _Enders:
-    """A token for every byte, by kind: digits, letters and so on."""
+    """A token for every byte, by kind: digits, letters and so on.
+
+    `ways` are the manners of drawing them: to close what is open wherever one can, and to write on,
+    often more of the same kind, for what must be written before anything can be closed.
+    """
+
+    ways = 2
 
     def __init__(self, by_byte: dict[int, int]) -> None:
-        self._closing = [by_byte[byte] for byte in _CLOSING if byte in by_byte]
+        self._quote, *self._brackets = [by_byte.get(byte) for byte in _CLOSING]
         kinds = [b"0123456789", string.ascii_lowercase.encode(), string.ascii_uppercase.encode()]
         seen = set(b"".join(kinds))
         kinds += [bytes([byte]) for byte in range(128) if byte not in seen]
         kinds.append(bytes(range(128, 256)))
         self._kinds = [[by_byte[byte] for byte in kind if byte in by_byte] for kind in kinds]
 
-    def draw(self, bits: bytes, rng: random.Random) -> list[int]:
-        """One token of those allowed; none where no single byte may follow."""
-        for token in self._closing:
-            if _is_set(bits, token):
-                return [token]
+    def draw(self, bits: bytes, rng: random.Random, way: int, last: int | None) -> list[int]:
+        """One token of those allowed; none where no single byte may follow.
+
+        `last` is the token before.
+        """
+        if self._quote is not None and _is_set(bits, self._quote):
+            return [self._quote]
+        closing = [i for i in self._brackets if i is not None and _is_set(bits, i)]
+        if len(closing) == 1 and way == 0:  # both are allowed within a string, where none closes
+            return closing
         allowed = [[i for i in kind if _is_set(bits, i)] for kind in self._kinds]
+        same = [kind for kind in allowed if last in kind]
         allowed = [kind for kind in allowed if kind]
+        if same and way == 1 and rng.random() < 0.5:
+            allowed = same
         return [rng.choice(rng.choice(allowed))] if allowed else []
 
 
@@ -169,16 +192,20 @@ def _way_out(at: llguidance.LLMatcher, enders: _Enders, limit: int) -> list[int]
     """Tokens after which a text may end, at most `limit`: forced ones and single bytes.
 
     Drawn, again and again until one is short enough: what closes a value of JSON where it may
-    stand, and anything else otherwise, each kind of byte being as likely as any other. So a pattern
-    that goes round in circles is left soon. The same text always gets the same end.
+    stand, and anything else otherwise, each kind of byte being as likely as any other, or as often
+    as not the one before. So a pattern that goes round in circles is left soon. The same text
+    always gets the same end.
     """
     rng = random.Random(limit)
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         matcher, path = at.deep_copy(), list[int]()
         while len(path) <= limit and not matcher.is_error():
             if matcher.is_accepting():
                 return path
-            step = list(matcher.compute_ff_tokens()) or enders.draw(matcher.compute_bitmask(), rng)
+            step = list(matcher.compute_ff_tokens())
+            if not step:
+                last = path[-1] if path else None
+                step = enders.draw(matcher.compute_bitmask(), rng, attempt % enders.ways, last)
             if not step:
                 break
             matcher.consume_tokens(step)
@@ -207,8 +234,9 @@ class Masks:
 def _refusal(grammar: Grammar, message: str) -> str:
     message = " ".join(re.sub(r"^\s*\d+ \|.*$|^[ |^]*$", "", message, flags=re.M).split())
     name = {"schema": "schema", "regex": "regular expression", "grammar": "grammar"}[grammar.kind]
-    if found := re.search(r"Unimplemented keys: \[(.*)\]|^(\w+) constraints are not", message):
-        keywords = found[1] or f'"{found[2]}"'
+    known = r"Unimplemented keys: \[(.*)\]|^(\w+) constraints are not|^Unknown format: (.*)"
+    if found := re.search(known, message):
+        keywords = found[1] or (f'"{found[2]}"' if found[2] else f'"format": "{found[3]}"')
         return (
             f"the {name} uses {keywords}, which generation cannot obey; leave that out and check "
             "it afterwards."

@@ -7,7 +7,7 @@ one, which is both here, becomes adapters of embed_tokens and of lm_head with th
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from gemma_jax.model.config import ModelConfig
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _HEAD = "base_model.model.", "lm_head"
 _EMBEDDING = "model.embed_tokens"
+_LOOKUP = ("embedder", "embedding")
+_TABLES = {_EMBEDDING: _LOOKUP, _HEAD: ("head", "embedding")}
 # Settings that would make another function of the same tensors, and what they must be.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
@@ -34,8 +36,20 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
+    "use_bdlora": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "arrow_config": (None,),
+    "megatron_config": (None,),
+    # Of "pissa", "olora", "corda", "loftq" and their like the base is changed when training begins.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
+_DEFAULTS = {"rank": ("r", 8), "alpha": ("lora_alpha", 8)}
+
+type Table = Callable[[tuple[str, ...]], np.ndarray]  # of the base, by its path
 type Pairs = dict[tuple[str, ...], dict[str, np.ndarray]]  # {"a", "b"} by the path of the matrix
 
 
@@ -88,10 +102,11 @@ def write_adapter(
     )
 
 
-def read_adapter(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], Pairs]:
+def read_adapter(folder: Path, config: ModelConfig, table: Table) -> tuple[dict[str, Any], Pairs]:
     """(rank, alpha, dropout and rslora; the factors in our layout) of a folder.
 
-    Layers that are not adapted get zeros; ranks and scales that differ between matrices are
+    `table` reads tables of the base, of which an adapter may hold copies. Layers that are not
+    adapted get zeros; ranks and scales that differ between matrices are
     brought to the largest rank and to one scale, which changes no product.
 
     Raises:
@@ -100,13 +115,19 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], Pai
     values = read_json(folder / CONFIG, "the settings of a PEFT adapter")
     _check(values, folder / CONFIG)
     found = _tensors(folder / TENSORS)
+    _drop_copies(found, table, config, folder)
     stacked: dict[tuple[str, ...], list[tuple[Weight, np.ndarray, np.ndarray, float]]] = {}
     for weight in weight_table(config):
         module = weight.hf.removesuffix(".weight")
         factors = _factors(found, module, weight, tied=config.tied_embedding, where=folder)
         if factors is not None:
             a, b = factors
-            scale = _scale(values, module, a.shape[-1])
+            if (told := _of(values, "rank", module)) != a.shape[-1]:
+                raise UserError(
+                    f"{folder / CONFIG} gives {module} the rank {told:g}, and its factors have "
+                    f"{a.shape[-1]}; fetch both files again."
+                )
+            scale = _scale(values, module)
             stacked.setdefault(weight.path, []).append((weight, a, b, scale))
     if found:
         raise UserError(
@@ -116,8 +137,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], Pai
     if not stacked:
         raise UserError(f"{folder / TENSORS} holds no factors of an adapter; fetch it again.")
     rank = max(a.shape[-1] for parts in stacked.values() for _, a, _, _ in parts)
-    rslora = bool(values.get("use_rslora"))
-    alpha = float(values.get("lora_alpha", 8))
+    rslora, alpha = _rslora(values), float(values.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     depth = {w.path: config.num_periods for w in weight_table(config) if w.layer is not None}
     pairs: Pairs = {}
@@ -150,7 +170,23 @@ def _check(values: Mapping[str, Any], path: Path) -> None:
     for name, plain in _PLAIN.items():
         if values.get(name, plain[0]) not in plain:
             raise UserError(
-                f"{path} has {name}={values[name]!r}; only {plain[0]!r} can be imported."
+                f"{path} has {name}={values[name]!r:.60}; only {plain[0]!r} can be imported."
+            )
+    numbers = {name: {"": values.get(name, default)} for name, default in _DEFAULTS.values()}
+    for name in ("rank_pattern", "alpha_pattern"):
+        numbers[name] = values.get(name) or {}
+    for name, given in numbers.items():
+        try:
+            sound = all(
+                type(x) in (int, float) and 0 < x < math.inf and re.compile(pattern)
+                for pattern, x in given.items()
+            )
+        except (AttributeError, re.error):
+            sound = False
+        if not sound:
+            raise UserError(
+                f"{path} has {name}={values[name]!r:.60}, which must be above 0, or patterns of "
+                "names with such numbers; fetch it again."
             )
 
 
@@ -165,30 +201,45 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is no whole safetensors file ({error}); fetch it again.") from None
 
 
+def _drop_copies(
+    found: dict[str, np.ndarray], table: Table, config: ModelConfig, where: Path
+) -> None:
+    """Takes the base's own tables out of `found`, which peft keeps beside their adapters."""
+    for module, path in _TABLES.items():
+        for name in ("base_layer.weight", "weight"):
+            copy = found.pop(f"{module}.{name}", None)
+            if copy is None:
+                continue
+            own = table(path if module == _EMBEDDING or not config.tied_embedding else _LOOKUP)
+            # A base in another precision is still the same.
+            if own.shape != copy.shape or np.linalg.norm(own - copy) > 0.2 * np.linalg.norm(own):
+                raise UserError(
+                    f"{where} was trained on another table of {module} than the base has; give "
+                    "the base that it was trained on."
+                )
+
+
 def _factors(
     found: dict[str, np.ndarray], module: str, weight: Weight, *, tied: bool, where: Path
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """A [in..., R] and B [R, out...] of one matrix; takes them out of `found`."""
     if module == _EMBEDDING:
-        a, b = (found.pop(f"{module}.lora_embedding_{name}", None) for name in "AB")
-        if a is None or b is None:
-            return None
-        pair = a.T, b.T
-        if tied:
-            head = [found.pop(f"{_HEAD}.lora_{name}.weight", None) for name in "AB"]
-            if not all(
-                mine is not None and np.array_equal(mine, x)
-                for mine, x in zip(head, (b.T, a.T), strict=True)
-            ):
-                raise UserError(
-                    f"{where} adapts embed_tokens and lm_head apart, and the base has one table "
-                    "for both; adapt neither, or both with the same factors."
-                )
+        both = _both(found, f"{module}.lora_embedding_{{}}", where)
+        head = _both(found, f"{_HEAD}.lora_{{}}.weight", where) if tied else both
+        turned = both and (both[1].T, both[0].T)
+        if tied and not (turned and head and all(map(np.array_equal, turned, head))):
+            if turned is head is None:
+                return None
+            raise UserError(
+                f"{where} adapts embed_tokens and lm_head apart, and the base has one table for "
+                "both; adapt neither, or both with the same factors."
+            )
     else:
-        a, b = (found.pop(f"{module}.lora_{name}.weight", None) for name in "AB")
-        if a is None or b is None:
-            return None
-        pair = (b, a) if module == _HEAD else (a.T, b.T)
+        both = _both(found, f"{module}.lora_{{}}.weight", where)
+    if both is None:
+        return None
+    a, b = both
+    pair = (b, a) if module == _HEAD else (a.T, b.T)
     cut = 1 if weight.kind == "embedding" else weight.inputs
     shapes = (math.prod(weight.shape[:cut]), math.prod(weight.shape[cut:]))
     if (pair[0].shape[0], pair[1].shape[1]) != shapes or pair[0].shape[1] != pair[1].shape[0]:
@@ -196,16 +247,41 @@ def _factors(
             f"the factors of {module} in {where} have shapes {a.shape} and {b.shape}, which do not "
             "fit the base; give the base that it was trained on."
         )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise UserError(f"the factors of {module} in {where} are not finite; fetch it again.")
     rank = pair[0].shape[1]
     return pair[0].reshape(*weight.shape[:cut], rank), pair[1].reshape(rank, *weight.shape[cut:])
 
 
-def _scale(values: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = values.get("lora_alpha", 8)
-    for pattern, own in (values.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = own
-    return float(alpha) / (math.sqrt(rank) if values.get("use_rslora") else rank)
+def _scale(values: Mapping[str, Any], module: str) -> float:
+    rank = _of(values, "rank", module)
+    return float(_of(values, "alpha", module) / (math.sqrt(rank) if _rslora(values) else rank))
+
+
+def _rslora(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("use_rslora"))
+
+
+def _of(values: Mapping[str, Any], name: str, module: str) -> float:
+    """The rank or alpha of a module: that of the first pattern that it ends with, or of all."""
+    for pattern, own in (values.get(f"{name}_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(own)
+    return float(values.get(*_DEFAULTS[name]))
+
+
+def _both(
+    found: dict[str, np.ndarray], name: str, where: Path
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """A and B of one matrix, taken out of `found`; None where it has neither."""
+    a, b = (found.pop(name.format(factor), None) for factor in "AB")
+    if a is None and b is None:
+        return None
+    if a is None or b is None or not a.ndim == b.ndim == 2:
+        raise UserError(
+            f"{where} has no matrices {name.format('A')} and {name.format('B')}; fetch it again."
+        )
+    return a, b
 
 
 def _pad(x: np.ndarray, axis: int, rank: int) -> np.ndarray:

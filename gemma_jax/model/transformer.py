@@ -165,17 +165,16 @@ class Transformer:
 
     def init(self, rng: Array) -> Params:
         """Fresh float32 parameters."""
-        return nn.unbox(self._init(rng))
+        return nn.unbox(_init(self.config, rng))
 
     def axes(self) -> Params:
         """The logical axes of each parameter, a tree of tuples of names; allocates nothing."""
-        boxed = jax.eval_shape(self._init, jax.random.key(0))
         is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
-        return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+        return jax.tree.map(lambda box: box.names, _boxed_shapes(self.config), is_leaf=is_box)
 
     def shapes(self) -> Params:
         """The parameter tree as shapes; allocates nothing."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return nn.unbox(_boxed_shapes(self.config))
 
     def hidden(
         self,
@@ -246,9 +245,16 @@ class Transformer:
         cap = self.config.final_softcap
         return z if cap is None else cap * jnp.tanh(z / cap)
 
-    def _init(self, rng: Array) -> Params:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return Decoder(self.config).init(rng, tokens, Place(tokens, None), None)["params"]
+
+def _init(config: ModelConfig, rng: Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config).init(rng, tokens, Place(tokens, None), None)["params"]
+
+
+@functools.lru_cache(maxsize=32)
+def _boxed_shapes(config: ModelConfig) -> Params:
+    """Shapes and logical axes of the parameters. Kept: many ask, and the whole model is traced."""
+    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
 
 
 def unrolled(model: Transformer, params: Params) -> tuple[Transformer, Params]:

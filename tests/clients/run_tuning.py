@@ -4,7 +4,7 @@ Each job is one of
 
 - {"model", "adapter", "tokens", "out"}: logits of peft's adapter on the model, unmerged and merged;
 - {"model", "make", "tokens", "out"}: a random adapter of the settings `make`, saved to out/adapter,
-  and its logits;
+  and the logits of that;
 - {"tokenizer", "conversations", "out"}: ids and the assistant's mask of each conversation;
 - {"values", "out"}: a matrix in NF4 with double quantisation, its parts and what they give back.
 
@@ -49,9 +49,17 @@ def make(job: dict, out: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.05)
+        if job["make"].get("ensure_weight_tying"):
+            table, head = (
+                model.get_base_model().model.embed_tokens,
+                model.get_base_model().lm_head,
+            )
+            head.lora_A.default.weight.copy_(table.lora_embedding_B.default.T)
+            head.lora_B.default.weight.copy_(table.lora_embedding_A.default.T)
     model.eval()
-    model.save_pretrained(out / "adapter", save_embedding_layers=False)
-    save_logits(model, job["tokens"], out)
+    model.save_pretrained(out / "adapter")
+    # As peft reads it: its file has patterns in another order, and the first that fits counts.
+    save_logits(PeftModel.from_pretrained(load(job["model"]), out / "adapter"), job["tokens"], out)
 
 
 def chat(job: dict, out: Path) -> None:

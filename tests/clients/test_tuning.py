@@ -55,8 +55,14 @@ MADE = {
         "lora_alpha": 6,
         "target_modules": ["k_proj", "up_proj"],
         "rank_pattern": {"layers.0.self_attn.k_proj": 2},
-        "alpha_pattern": {"up_proj": 3},
+        "alpha_pattern": {"layers.1.mlp.up_proj": 5, "up_proj": 3, "0.mlp.up_proj": 9},
         "use_rslora": True,
+    },
+    "table": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["embed_tokens"],
+        "ensure_weight_tying": True,
     },
     "some_layers": {
         "r": 3,
@@ -99,8 +105,13 @@ def test_masks_are_those_of_transformers(tmp_path: Path) -> None:
     export_model(base, tmp_path / "hf", format="hf", dtype="f32")
     odd = [[{"role": role, "content": text} for role, text in turns] for turns in ODD]
     parts = [{"type": "text", "text": "\n a"}, {"type": "text", "text": "b \n"}]
+    parts[1:1] = [{"type": "text", "text": text} for text in (" c", "", "d\n\n")]
     in_parts = [{"role": role, "content": parts} for role in ("system", "user", "assistant")]
-    chats = [*CHATS, *odd, in_parts]
+    more = [
+        {"role": "user", "content": "a", "name": "x", "tool_calls": None},
+        {"role": "model", "content": "b", "weight": 1},
+    ]
+    chats = [*CHATS, *odd, in_parts, more]
     job = {"tokenizer": str(tmp_path / "hf"), "conversations": chats, "out": str(tmp_path / "out")}
     clients.run("transformers", [job], tmp_path, "tuning")
     tokenizer = Tokenizer.load(TOKENIZER)

@@ -63,6 +63,8 @@ def test_the_models_turns_are_marked(tokenizer: Tokenizer) -> None:
 def test_parts_are_one_text(tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": " a"}, {"type": "text", "text": "b "}]
     ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], add_generation_prompt=True)
+    spaced = [{"role": "user", "content": [{"type": "text", "text": x} for x in ("a ", "", " b")]}]
+    assert ids == encode_chat(tokenizer, spaced, add_generation_prompt=True)
     whole = [{"role": "user", "content": " ab "}]
     assert ids == encode_chat(tokenizer, whole, add_generation_prompt=True)
     image = [{"role": "user", "content": [{"type": "image"}]}]

@@ -193,7 +193,19 @@ def test_a_stream_goes_on_where_it_was(packed: PackedConversations) -> None:
             {"messages": [*turns("a", "b"), *turns("c"), *turns("d")]},
             r"line 2: message 4 is of the",
         ),
-        ({"prompt": "x", "completion": "\ud800"}, r"line 2 holds half a surrogate pair"),
+        ({"prompt": "x", "completion": "\ud800"}, r"line 2: message 2 holds half a surrogate"),
+        (
+            '{"prompt": "x", "completion": "y", "prompt": "z"}',
+            r"line 2 has 'prompt' twice in one object",
+        ),
+        (
+            {"messages": [*turns("a"), {**turns("", "b")[1], "weight": 0}]},
+            r"line 2: message 2 has weight=0, but all turns of the assistant count alike",
+        ),
+        (
+            {"messages": [*turns("a"), {**turns("", "b")[1], "tool_calls": [{"id": 1}]}]},
+            r"line 2: message 2 has tool_calls, for which Gemma's chat format has no place",
+        ),
         ({"prompt": "x", "completion": "y" * 200}, r"line 2: the conversation is .* tokens long"),
     ],
 )
@@ -204,6 +216,16 @@ def test_bad_lines_are_refused(tmp_path: Path, tokenizer: Tokenizer, row: object
     with pytest.raises(UserError, match=match) as caught:
         read_conversations(Conversations(sources=(str(path),)), tokenizer, SEQ_LEN)
     assert str(path) in str(caught.value)
+
+
+def test_windows_files_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A byte order mark, CR LF between lines, and what only Python takes for the end of one."""
+    rows = [{"prompt": "a\u2028b\x85c", "completion": "d\r\ne"}, {"messages": turns("f", "g")}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
+    first, second = read_all((str(tmp_path / "a.jsonl"),), tokenizer)
+    assert first.row["messages"] == turns("a\u2028b\x85c", "d\r\ne")
+    assert second.row["messages"] == turns("f", "g")
 
 
 def test_long_ones_are_cut_on_request(

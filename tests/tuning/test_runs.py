@@ -1,6 +1,7 @@
 """Tuning runs from end to end: full, LoRA and QLoRA, and what takes their folders afterwards."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -162,6 +163,7 @@ def two(folder):
     make_adapter(folder / "two", folder / "base", dataclasses.replace(settings, rank=5), seed=2)
 
 
+@functools.cache  # of the working directory, which is one
 def say_3(place: str) -> str:
     return complete(place, ["say 3"], max_new_tokens=8, sampling=GREEDY)[0]
 
@@ -193,11 +195,7 @@ def test_the_command_line_names_adapters(two, folder, capsys) -> None:
     adapters = ["--adapter", "one", "--adapter", "other=two"]
     generate(parse(["generate", "base", "--file", "asked.jsonl", *adapters, *options]))
     texts = [row["text"] for row in json.loads(capsys.readouterr().out)]
-    wanted = [
-        complete(place, ["say 3"], max_new_tokens=8, sampling=GREEDY)[0]
-        for place in ("one", "base")
-    ]
-    assert texts == wanted
+    assert texts == [say_3("one"), say_3("base")]
     (folder / "asked.jsonl").write_text(json.dumps(lines[0]))  # alone, and none given
     with pytest.raises(UserError, match="there is no adapter 'one'; none was given"):
         generate(parse(["generate", "base", "--file", "asked.jsonl"]))
