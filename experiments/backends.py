@@ -5,7 +5,8 @@ Run     ./launch.sh sweep experiments/backends.py --arg corpus=PATH/prose_train.
         A look on a laptop, where the first and the third are the same program: --arg steps=3
         --arg batch_tokens=512 --arg seq_len=256
 Cost    four runs of 200 steps of the 270M, 8 x 2 048 tokens each: some minutes on one H100
-Decide  whether the two loss curves differ by more than rounding to bfloat16 makes them differ
+Decide  whether the loss curves of `fast` and `float8` are further from `plain` than rounding makes
+        that of `plain_unrolled`
 Result  pending
 
 `fast` is what is chosen for the hardware; `plain` has attention and the head by way of XLA alone;

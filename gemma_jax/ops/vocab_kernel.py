@@ -80,9 +80,9 @@ def exp_logits(
     maximum are float32; only what is written is rounded. `num_blocks` is the number of
     multiprocessors.
 
-    With `instead` = (wanted, p), p takes the place of the exponentials and is given back as it is
-    where they are not wanted; sum and maximum are then nothing. The host, which would have to wait
-    to learn of a condition, is not asked: the kernel ends at once.
+    With `instead` = (wanted, p) the exponentials are written over p. Where they are not wanted the
+    kernel ends at once, p comes back as it was, and sum and maximum are whatever lay in memory. A
+    condition of the program would have to be told to the host, which waits for the device.
     """
     tiles = tiles or Tiles()
     (n, _), V = hidden.shape, table.shape[0]
@@ -176,9 +176,9 @@ def _kernel(tiles: Tiles, in_place: bool, hidden: Any, table: Any, *others: Any)
                 first_row, first_column = row + group * rows, column
 
             def compute(multiply: Any) -> None:
-                for i, vector in enumerate(vectors):
+                for place, vector in enumerate(vectors):
                     plgpu.copy_gmem_to_smem(
-                        vector.at[pl.ds(first_row, rows)], own.at[group, i], arrived.at[group]
+                        vector.at[pl.ds(first_row, rows)], own.at[group, place], arrived.at[group]
                     )
 
                 @functools.partial(
@@ -189,8 +189,8 @@ def _kernel(tiles: Tiles, in_place: bool, hidden: Any, table: Any, *others: Any)
                     plgpu.barrier_wait(arrived.at[group])
                     z = accumulator[...]
                     shift, *scale = (
-                        lax.broadcast_in_dim(own[group, i], z.shape, [0])
-                        for i in range(len(vectors))
+                        lax.broadcast_in_dim(own[group, place], z.shape, [0])
+                        for place in range(len(vectors))
                     )
                     z = z * scale[0] if scale else z
                     p = jnp.exp2((z - shift) * _LOG2_E)
@@ -217,9 +217,9 @@ def _kernel(tiles: Tiles, in_place: bool, hidden: Any, table: Any, *others: Any)
                             ],
                         )
                     at = pl.ds(first_row, rows)
-                    place = first_column // columns
-                    plgpu.copy_smem_to_gmem(statistics.at[group, 0], sums.at[place, at])
-                    plgpu.copy_smem_to_gmem(statistics.at[group, 1], tops.at[place, at])
+                    part = first_column // columns
+                    plgpu.copy_smem_to_gmem(statistics.at[group, 0], sums.at[part, at])
+                    plgpu.copy_smem_to_gmem(statistics.at[group, 1], tops.at[part, at])
 
             def body(_: Any, a: Any, b: Any, accumulator: Any) -> Any:
                 plgpu.wgmma(accumulator, a.at[own_rows], b.at[own_columns].transpose((1, 0)))

@@ -222,9 +222,9 @@ def _chunk_size(settings: _Settings, n: int, table: Array) -> tuple[int, bool]:
     if fused and not _fits(settings, table):
         if asked:
             raise UserError(
-                f"head_backend='fused' has no kernel for a {table.dtype} table {table.shape} with "
-                f"softcap={settings.softcap} and logits_dtype='{settings.logits_dtype}'; choose "
-                "'auto'."
+                f"head_backend='fused' has no kernel for a {table.dtype} table {table.shape}, "
+                f"final_softcap={settings.softcap} and head_logits_dtype="
+                f"'{settings.logits_dtype}'; choose 'auto'."
             )
         fused = False
     most = max(1, _FUSED_LOGITS // V) if fused else default_chunk_tokens(V)

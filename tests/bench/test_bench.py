@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 from models import TOKENIZER, VOCAB
 
 from gemma_jax import arguments, cli, cli_bench
 from gemma_jax.bench import run, sweep, training
 from gemma_jax.bench.config import BenchConfig
-from gemma_jax.bench.timing import ROW_KEYS, spread
+from gemma_jax.bench.timing import ROW_KEYS, compile_times, empty_cache, spread
 from gemma_jax.bench.training import mean_flops, utilisation
 from gemma_jax.data.tokens import Corpus, build_tokens
 from gemma_jax.model.config import ModelConfig, tiny
@@ -50,6 +51,33 @@ def check_row(row: dict[str, Any], tokens: int) -> None:
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Any]:
     return measured("train", "--documents", "4", "--microbatches", "1")
+
+
+def test_a_program_is_traced_once_compiled_and_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def note(name: str, word: str) -> None:
+        call = getattr(compiler, name)
+
+        def noted(*given: Any) -> Any:
+            result = call(*given)
+            if result != (None, None):  # what is not in the cache
+                done.append(word)
+            return result
+
+        monkeypatch.setattr(compiler, name, noted)
+
+    def lower() -> Any:
+        done.append("traced")
+        return jax.jit(lambda x: x + 3).lower(np.ones(3, np.float32))
+
+    note("backend_compile_and_load", "compiled")
+    note("_cache_read", "loaded")
+    with empty_cache():
+        cold, cached, program = compile_times(lower)
+    assert done == ["traced", "compiled", "loaded"]
+    assert min(cold, cached) > 0
+    np.testing.assert_array_equal(program(np.ones(3, np.float32)), 4)
 
 
 def test_training_is_timed_and_taken_apart(trained: dict[str, Any]) -> None:

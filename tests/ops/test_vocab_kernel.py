@@ -13,8 +13,6 @@ from gemma_jax.ops.vocab_kernel import Tiles, exp_logits, fits
 from gemma_jax.ops.vocab_loss import vocab_loss
 
 N, D, V, M = 300, 64, 256, 3  # 300 tokens fill two chunks of 256 with a rest of padding
-
-
 FLOAT8 = "float8_e4m3fn"
 
 

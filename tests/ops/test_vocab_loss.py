@@ -14,6 +14,7 @@ from gemma_jax.ops.vocab_loss import dense_vocab_loss, vocab_loss
 from gemma_jax.sharding import MeshConfig, make_layout
 
 N, D, V, M = 22, 12, 40, 5
+FLOAT8 = "float8_e4m3fn"
 
 
 def inputs(seed=0, scale=1.0):
@@ -100,9 +101,6 @@ def test_bfloat16_is_close_and_keeps_its_types():
     for got, expected in ((d_hidden, d_hidden64), (d_embedding, d_embedding64)):
         error = np.linalg.norm(np.asarray(got, np.float64) - expected)
         assert error < 0.015 * np.linalg.norm(expected)
-
-
-FLOAT8 = "float8_e4m3fn"
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
