@@ -100,9 +100,8 @@ def make_step(
     The gradient is that of the mean loss over the batch's weight, however many microbatches it is
     computed in. Random numbers depend on the seed and the step alone. `shardings` of the parameters
     are those of the gradients too, also while they are summed. Metrics are float32 scalars: the
-    objective's means, `grad_norm` and `param_norm`; for the update's norm XLA would write the
-    update and read it again. With `on_bad_step` those of a bad step leave the state as it was, and
-    `bad_step`, `bad_in_row` and `skipped` (int32) tell.
+    objective's means, `grad_norm` and `param_norm`. With `on_bad_step` those of a bad step leave
+    the state as it was, and `bad_step`, `bad_in_row` and `skipped` (int32) tell.
     """
     gradients = make_gradients(
         objective, join=join, microbatches=microbatches, seed=seed, shardings=shardings
@@ -122,6 +121,7 @@ def make_step(
             if on_bad_step is not None:
                 after, told = _judged(on_bad_step, state, after, metrics)
                 metrics |= told
+            # No norm of the update: XLA would write the update for it, and read it again.
             metrics["param_norm"] = optax.tree.norm(after.params)
         return after, metrics
 
